@@ -1,0 +1,1 @@
+//! Load client that classifies the fate of every connection

@@ -1,0 +1,1 @@
+//! The words reuseportd, its workers and its clients exchange
