@@ -1,1 +1,43 @@
-//! The decisions of reuseportd: a pure state machine without I/O, clock or file descriptors
+//! The decisions of reuseportd, and nothing else.
+//!
+//! This crate never does I/O, never reads a clock, never holds a file descriptor, never formats text for people.
+//! It is told what happened and when ([`Master::handle`]), and answers what is to be done ([`Master::next_command`])
+//! and when it wants to be woken ([`Master::next_deadline`]). The order of calls is always: one `handle`, then
+//! `next_command` until it is `None`, then the next `handle`. Whoever carries the commands out has no meaningful
+//! choice left: a command that fails comes back as an event, and the answer to it is decided here.
+//!
+//! Being `no_std`, it can't reach a clock, a socket or an unordered map even by accident.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod check;
+mod command;
+mod event;
+mod generation;
+mod group;
+mod id;
+mod launch;
+mod master;
+mod plan;
+mod receipt;
+mod restart;
+mod retire;
+mod slots;
+mod status;
+mod steer;
+mod stop;
+mod supervise;
+mod timers;
+mod worker;
+
+pub use command::{Command, Notice, Order, Range, Reason, Report, Share, Signal};
+pub use event::{Depth, Event, Exit, Found, GroupView, Problem, StopMode, Trigger, Wait};
+pub use generation::GenerationState;
+pub use id::{Generation, GroupId, ListenerId, Seat, Ticket, Time, WorkerId};
+pub use master::{Master, MasterState};
+pub use plan::{Breaker, Engine, Plan, Readiness, StopWhen};
+pub use receipt::{Outcome, Phase, PhaseTime, Receipt, ReceiptListener};
+pub use status::{GenerationView, ListenerView, StatusView, WorkerView};
+pub use worker::{WorkerKind, WorkerState};

@@ -1,1 +1,201 @@
-//! SDK for worker programs: bind, hand over, serve, stop without losing a connection
+//! SDK for worker programs: bind, hand over, serve, stop without losing a connection.
+//!
+//! A worker binds its addresses but does not listen. It hands the bound sockets to the master, which
+//! calls `listen()` on them when it wants connections to arrive, and then says `serve`. When the master
+//! says `stop`, no new connection is chosen for this worker any more: it accepts what is left in its
+//! queues, closes its listeners, says `drained`, finishes its open connections and exits.
+//!
+//! The SDK blocks, starts no thread and brings no runtime. A threaded program needs no more than this:
+//!
+//! ```no_run
+//! # fn main() -> Result<(), reuseportd_worker::Error> {
+//! use std::io::Write;
+//!
+//! let worker = reuseportd_worker::Worker::from_env("http=tcp:127.0.0.1:8080")?;
+//! let bound = worker.bind()?;
+//! let Some(serving) = worker.ready(bound)? else { return Ok(()) };
+//! std::thread::scope(|threads| {
+//!     serving.accept_each(|_name, mut stream| {
+//!         threads.spawn(move || stream.write_all(b"hello\n"));
+//!     })
+//! })
+//! # }
+//! ```
+//!
+//! A program with a loop of its own takes [`Serving`] apart: `listeners` are plain
+//! [`std::net::TcpListener`]s, `orders` can be polled, and [`drain`] empties a listener.
+//!
+//! Without a master (development) the same program binds the address it names itself and listens at once.
+
+#![forbid(unsafe_code)]
+
+mod channel;
+mod error;
+mod listener;
+
+pub use channel::{Order, Orders};
+pub use error::Error;
+pub use listener::{Bound, drain};
+pub use reuseportd_wire::env::{Listen, Protocol};
+pub use socket2::Socket;
+
+use std::net::TcpListener;
+use std::str::FromStr;
+
+use reuseportd_wire::channel::ToWorker;
+use reuseportd_wire::env;
+
+use channel::{Channel, Heard};
+
+/// Connections that may wait when there is no master to say how many.
+const BACKLOG_ALONE: i32 = 1024;
+
+/// A worker that has not bound or not handed over its sockets yet.
+#[derive(Debug)]
+pub struct Worker {
+    generation: u32,
+    seat: u32,
+    workers: u32,
+    listen: Vec<Listen>,
+    /// Absent without a master.
+    channel: Option<Channel>,
+}
+
+impl Worker {
+    /// Reads the environment the master gave. Without a master (no `REUSEPORTD_CHANNEL`) the worker is
+    /// alone: generation 0, seat 0 of 1, and it serves `listen_alone`, written as in `REUSEPORTD_LISTEN`,
+    /// unless that variable is set by hand.
+    ///
+    /// Call it once, early: it takes the channel's descriptor, so that no child process inherits it.
+    ///
+    /// # Errors
+    /// A variable that is missing or has the wrong form; a channel that is no open seqpacket socket.
+    pub fn from_env(listen_alone: &str) -> Result<Self, Error> {
+        let Some(channel) = variable::<i32>(env::CHANNEL)? else {
+            let listen = variable(env::LISTEN)?.unwrap_or_else(|| listen_alone.to_owned());
+            return Ok(Self { generation: 0, seat: 0, workers: 1, listen: parse(&listen)?, channel: None });
+        };
+        Ok(Self {
+            generation: required(env::GENERATION)?,
+            seat: required(env::SEAT)?,
+            workers: required(env::WORKERS)?,
+            listen: parse(&required::<String>(env::LISTEN)?)?,
+            channel: Some(Channel::inherited(channel)?),
+        })
+    }
+
+    /// Number of this worker's generation; 0 without a master.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// This worker's place in its generation, counted from 0.
+    #[must_use]
+    pub fn seat(&self) -> u32 {
+        self.seat
+    }
+
+    /// Seats of this worker's generation.
+    #[must_use]
+    pub fn workers(&self) -> u32 {
+        self.workers
+    }
+
+    /// What to bind.
+    #[must_use]
+    pub fn listen(&self) -> &[Listen] {
+        &self.listen
+    }
+
+    /// Binds every address of [`Worker::listen`] with SO_REUSEPORT. The sockets do not listen yet.
+    ///
+    /// # Errors
+    /// See [`Worker::bind_with`].
+    pub fn bind(&self) -> Result<Vec<Bound>, Error> {
+        self.bind_with(|_, _| Ok(()))
+    }
+
+    /// The same, with `set_options` called for each socket before it is bound.
+    ///
+    /// # Errors
+    /// An address that can't be bound, a listener that is not TCP, or what `set_options` returned.
+    pub fn bind_with(
+        &self,
+        mut set_options: impl FnMut(&Listen, &Socket) -> std::io::Result<()>,
+    ) -> Result<Vec<Bound>, Error> {
+        self.listen.iter().map(|listen| Bound::bind(listen, &mut set_options)).collect()
+    }
+
+    /// Hands the sockets over and waits until the master says `serve`: from then on connections arrive.
+    /// `None` means that it said `stop` instead (the upgrade failed elsewhere): exit with 0.
+    ///
+    /// Call it when everything else is initialised: the master counts this worker as ready.
+    ///
+    /// # Errors
+    /// The channel fails, or the master is gone before it said either.
+    pub fn ready(self, bound: Vec<Bound>) -> Result<Option<Serving>, Error> {
+        let channel = match self.channel {
+            Some(channel) => {
+                channel.send_ready(&bound)?;
+                if !told_to_serve(&channel)? {
+                    return Ok(None);
+                }
+                channel
+            }
+            None => {
+                for one in &bound {
+                    one.listen(BACKLOG_ALONE)?;
+                }
+                Channel::silent()?
+            }
+        };
+        let listeners = bound.into_iter().map(Bound::into_listener).collect();
+        Ok(Some(Serving { listeners, orders: Orders::new(channel) }))
+    }
+
+    /// Tells the master why this worker can't go on; the text is in the reason of the failed upgrade.
+    ///
+    /// # Errors
+    /// The channel fails; a master that is gone is no error.
+    pub fn error(&self, text: &str) -> Result<(), Error> {
+        self.channel.as_ref().map_or(Ok(()), |channel| channel.send_error(text))
+    }
+}
+
+/// A worker that accepts connections.
+#[derive(Debug)]
+pub struct Serving {
+    /// The listeners with their names, in the order they were handed over.
+    pub listeners: Vec<(String, TcpListener)>,
+    /// What the master says from now on.
+    pub orders: Orders,
+}
+
+fn told_to_serve(channel: &Channel) -> Result<bool, Error> {
+    loop {
+        match channel.wait_heard() {
+            Heard::Message(ToWorker::Serve, _) => return Ok(true),
+            Heard::Message(ToWorker::Stop, _) => return Ok(false),
+            Heard::Message(ToWorker::Take(_) | ToWorker::Unknown(_), _) | Heard::Nothing => {}
+            Heard::Gone => return Err(Error::MasterGone),
+        }
+    }
+}
+
+fn parse(listen: &str) -> Result<Vec<Listen>, Error> {
+    Ok(env::parse_listen(listen)?)
+}
+
+fn required<T: FromStr>(name: &'static str) -> Result<T, Error> {
+    variable(name)?.ok_or(Error::Missing { name })
+}
+
+fn variable<T: FromStr>(name: &'static str) -> Result<Option<T>, Error> {
+    let Some(value) = std::env::var_os(name) else { return Ok(None) };
+    let parsed = value.to_str().and_then(|text| text.parse().ok());
+    parsed.map(Some).ok_or_else(|| Error::Variable { name, value: value.to_string_lossy().into_owned() })
+}
+
+#[cfg(test)]
+mod tests;

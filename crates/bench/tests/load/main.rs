@@ -1,0 +1,10 @@
+//! The load client against servers that lose connections on purpose and keep a tally of their own.
+
+#[cfg(test)]
+mod cli;
+#[cfg(test)]
+mod clients;
+#[cfg(test)]
+mod losses;
+#[cfg(test)]
+mod server;

@@ -1,0 +1,255 @@
+//! Everything that can be asked for, and everything worth telling.
+
+use crate::event::{Exit, Problem, Trigger};
+use crate::id::{Generation, GroupId, ListenerId, Seat, Ticket, WorkerId};
+use crate::receipt::{Phase, Receipt};
+use alloc::vec::Vec;
+use core::time::Duration;
+use serde::{Deserialize, Serialize};
+
+/// What the shell is to do. Each says which event, if any, answers it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Start a process. Answer: `Spawned` or `SpawnFailed`.
+    Spawn {
+        /// Its identity.
+        worker: WorkerId,
+        /// What it belongs to.
+        generation: Generation,
+        /// Its place.
+        seat: Seat,
+    },
+    /// Send a signal, through the pidfd.
+    Signal {
+        /// To whom.
+        worker: WorkerId,
+        /// Which.
+        signal: Signal,
+    },
+    /// Collect the exit status of an ended worker and forget the process.
+    Reap {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// Say something on the handover channel.
+    Tell {
+        /// To whom.
+        worker: WorkerId,
+        /// What.
+        order: Order,
+    },
+    /// Look for the listeners of an unmodified worker. Answer: `Found`.
+    Find {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Call `listen()` through the handle; here the slot appears. Answer: `Listening`.
+    Listen {
+        /// Which.
+        listener: ListenerId,
+    },
+    /// `ebpf`: put a listener under a key, so that a plan can name it. Answer: `Admitted`.
+    Admit {
+        /// Which.
+        listener: ListenerId,
+        /// Its place in the array of its group.
+        key: u32,
+    },
+    /// `ebpf`: empty a key.
+    Evict {
+        /// Whose array.
+        group: GroupId,
+        /// Which key.
+        key: u32,
+    },
+    /// `ebpf`: choose among these ranges from now on; none at all refuses new connections. Answer: `Steered`.
+    Steer {
+        /// Which group.
+        group: GroupId,
+        /// Weights are relative to their sum.
+        ranges: Vec<Range>,
+    },
+    /// `cbpf`: choose among these slots from now on. Answer: `Steered`.
+    Attach {
+        /// Which group.
+        group: GroupId,
+        /// Weights are relative to their sum.
+        shares: Vec<Share>,
+    },
+    /// Take a handle of a worker's listener again. Answer: `Anchored`.
+    Anchor {
+        /// Which.
+        listener: ListenerId,
+    },
+    /// Does any process of the worker still hold this socket? Answer: `Owned`.
+    Owns {
+        /// Which.
+        listener: ListenerId,
+    },
+    /// Are other processes of an ended worker's group still there? Answer: `Remains`.
+    CheckRemains {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Drop the master's handle; with `shutdown`, take the socket out of its group even if others hold it.
+    Release {
+        /// Which.
+        listener: ListenerId,
+        /// Call `shutdown(SHUT_RD)` first.
+        shutdown: bool,
+    },
+    /// Look at a group in the kernel. Answer: `Observed`.
+    Observe {
+        /// Which.
+        group: GroupId,
+    },
+    /// Count open connections. Answer: `Counted`.
+    Count {
+        /// Whose.
+        workers: Vec<WorkerId>,
+    },
+    /// Tell the service manager.
+    Notify(Notice),
+    /// Tell a waiting client how it ended.
+    Reply {
+        /// Whom.
+        to: Ticket,
+        /// The number of the receipt reported before; `None` for the end of a stop.
+        receipt: Option<u32>,
+    },
+    /// A fact for log, metrics and status.
+    Report(Report),
+    /// Leave the loop with this exit code.
+    Exit {
+        /// 0 or 1.
+        code: u8,
+    },
+}
+
+/// A range of keys with its part of the new connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Range {
+    /// Whose listeners.
+    pub generation: Generation,
+    /// Relative to the sum of all.
+    pub weight: u16,
+    /// First key.
+    pub base: u32,
+    /// Keys, holes included.
+    pub count: u32,
+}
+
+/// A set of slots with its part of the new connections.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Relative to the sum of all.
+    pub weight: u16,
+    /// Ascending.
+    pub slots: Vec<u16>,
+}
+
+/// An order on the handover channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Its listeners listen: accept.
+    Serve,
+    /// Accept until nothing waits, close the listeners, say `drained`, finish, exit.
+    Stop,
+    /// Accept what a dead worker's listener holds. Answer: `Taken`.
+    Take(ListenerId),
+}
+
+/// Signals the core sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// The configured stop signal, to the worker's first process.
+    Stop,
+    /// SIGTERM to what is left of its process group.
+    TerminateGroup,
+    /// SIGKILL to its whole process group.
+    KillGroup,
+}
+
+/// What the service manager is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The service serves, or an upgrade ended.
+    Ready,
+    /// An upgrade began.
+    Reloading,
+    /// The service ends.
+    Stopping,
+    /// The present phase may take so long.
+    Extend(Duration),
+}
+
+/// A typed fact. The shell turns it into one log event, and into status and metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// A generation is about to be launched.
+    Launching(Generation, Trigger),
+    /// It waits until an old generation has finished draining.
+    Queued(Generation),
+    /// A wish was replaced by a later one before it began.
+    Superseded(Trigger),
+    /// The upgrade entered a phase.
+    Entered(Generation, Phase),
+    /// A worker can serve.
+    WorkerReady(WorkerId),
+    /// New connections go to this generation only.
+    Switched(Generation),
+    /// An upgrade ended, or (again) what happened after its end is known.
+    Ended(Receipt),
+    /// A worker ended.
+    WorkerExited {
+        /// Which.
+        worker: WorkerId,
+        /// How.
+        how: Exit,
+        /// The master had asked for it.
+        asked: bool,
+    },
+    /// A seat will be filled again after this pause.
+    Respawning(Generation, Seat, Duration),
+    /// A worker that should serve has not become ready, and is ended.
+    Replaced(WorkerId, Reason),
+    /// Too many exits: no respawns for so long.
+    BreakerOpened(Duration),
+    /// Respawns again.
+    BreakerClosed,
+    /// A sibling accepted so many connections of a dead or retired listener.
+    LeftoversTaken(ListenerId, u32),
+    /// So many connections of a listener had no one to go to.
+    LeftoversLost(ListenerId, u32),
+    /// The slots of a group were not what the model said; the kernel's order is used.
+    SlotsDiffer(GroupId),
+    /// The kernel refused to steer; tried again soon.
+    SteerFailed(GroupId, i32),
+    /// An anchored worker no longer holds its listener.
+    ListenerLost(ListenerId),
+    /// A worker was killed at its deadline with so many open connections.
+    Killed(WorkerId, Option<u32>),
+    /// The whole old generation is gone.
+    Drained(Generation),
+    /// Something impossible was asked or told; nothing was changed.
+    Bug(&'static str),
+}
+
+/// Why something failed. The shell adds names, exit status and last output lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reason {
+    /// The process could not be started.
+    SpawnFailed(Seat, WorkerId, i32),
+    /// It ended before the generation was serving.
+    Exited(Seat, WorkerId, Exit),
+    /// It was not ready in time.
+    NotReady(Seat, WorkerId, Option<Problem>),
+    /// It said it was ready, but its listeners are wrong.
+    WrongListeners(Seat, WorkerId, Problem),
+    /// `listen()` failed on its socket.
+    ListenFailed(Seat, WorkerId, i32),
+    /// The kernel refused to steer this group.
+    SteerFailed(GroupId, i32),
+    /// The master was told to stop.
+    Stopped,
+}

@@ -1,0 +1,238 @@
+//! Everything that can happen.
+
+use crate::id::{GroupId, ListenerId, Ticket, WorkerId};
+use crate::plan::Plan;
+use alloc::vec::Vec;
+use core::time::Duration;
+use serde::{Deserialize, Serialize};
+
+/// What the shell tells the core. An errno is the kernel's own number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// SIGHUP, `upgrade` or a systemd reload: the configuration is valid and the executable pinned.
+    Upgrade {
+        /// What the next generation is to be.
+        plan: Plan,
+        /// Who asked.
+        trigger: Trigger,
+        /// The client that waits for the outcome, and for which part of it.
+        by: Option<(Ticket, Wait)>,
+    },
+    /// A stop was asked for.
+    Stop {
+        /// How.
+        mode: StopMode,
+        /// The client that waits.
+        by: Option<Ticket>,
+    },
+
+    /// The process exists.
+    Spawned {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// It could not be started.
+    SpawnFailed {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        errno: i32,
+    },
+    /// It ended and has not been reaped yet: exactly once for each spawned worker.
+    Exited {
+        /// Which.
+        worker: WorkerId,
+        /// How it ended.
+        how: Exit,
+        /// Other processes of its process group still live.
+        remains: bool,
+    },
+
+    /// `ready` on the handover channel: the listeners are bound, the master holds handles, nothing listens yet.
+    Ready {
+        /// Which.
+        worker: WorkerId,
+        /// Its listeners; each group at least once, or the worker is at fault.
+        listeners: Vec<(GroupId, ListenerId)>,
+    },
+    /// READY=1 on the notify socket.
+    Notified {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// EXTEND_TIMEOUT_USEC on the notify socket.
+    Extended {
+        /// Which.
+        worker: WorkerId,
+        /// From now.
+        by: Duration,
+    },
+    /// `drained` on the channel: its listeners were accepted empty and closed by it.
+    Drained {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// `taken` on the channel.
+    Taken {
+        /// Whose leftovers.
+        listener: ListenerId,
+        /// Connections accepted from it.
+        count: u32,
+    },
+
+    /// Answer to `Find`.
+    Found {
+        /// Which.
+        worker: WorkerId,
+        /// What was found.
+        found: Found,
+    },
+    /// Answer to `Listen`.
+    Listening {
+        /// Which.
+        listener: ListenerId,
+        /// An errno on failure.
+        result: Result<(), i32>,
+    },
+    /// Answer to `Steer` or `Attach`.
+    Steered {
+        /// Which group.
+        group: GroupId,
+        /// An errno on failure.
+        result: Result<(), i32>,
+    },
+    /// Answer to `Admit`.
+    Admitted {
+        /// Which.
+        listener: ListenerId,
+        /// An errno on failure.
+        result: Result<(), i32>,
+    },
+    /// Answer to `Anchor`.
+    Anchored {
+        /// Which.
+        listener: ListenerId,
+        /// An errno on failure.
+        result: Result<(), i32>,
+    },
+    /// Answer to `Owns`.
+    Owned {
+        /// Which.
+        listener: ListenerId,
+        /// Some process of its worker still holds the socket.
+        owned: bool,
+    },
+    /// Answer to `CheckRemains`.
+    Remains {
+        /// Whose.
+        worker: WorkerId,
+        /// Some process of its group still lives.
+        left: bool,
+    },
+    /// Answer to `Observe`.
+    Observed {
+        /// Which group.
+        group: GroupId,
+        /// The kernel's picture of it.
+        view: GroupView,
+    },
+    /// Answer to `Count`: open connections of workers.
+    Counted {
+        /// Every worker asked about.
+        connections: Vec<(WorkerId, u32)>,
+    },
+    /// The time [`next_deadline`](crate::Master::next_deadline) named has come.
+    Deadline,
+}
+
+/// Who asked for an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Trigger {
+    /// The first generation.
+    Start,
+    /// SIGHUP.
+    Signal,
+    /// A control client.
+    Command,
+}
+
+/// Which part of an upgrade a client waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Wait {
+    /// Until the old generation's listeners are gone.
+    Retired,
+    /// Until its workers are gone too.
+    Drained,
+}
+
+/// How to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopMode {
+    /// Refuse new connections where the engine can, finish begun ones, then exit.
+    Graceful,
+    /// SIGKILL everything now.
+    Fast,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// With this exit code.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+/// What looking for a worker's own listeners brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A listener in every group; the master holds a handle of each.
+    All(Vec<(GroupId, ListenerId)>),
+    /// Something is missing that may still come.
+    NotYet(Problem),
+    /// Something is wrong that will not mend itself.
+    Never(Problem),
+}
+
+/// Why a worker's listeners are not what the configuration says. The shell keeps the details for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Problem {
+    /// It listens on none of its addresses.
+    NotListening(GroupId),
+    /// It listens, but elsewhere.
+    WrongAddress(GroupId),
+    /// Its listener is not set SO_REUSEPORT.
+    NoReuseport(GroupId),
+    /// Its descriptors can't be reached.
+    NotPermitted(GroupId),
+    /// Looking failed with this errno.
+    Failed(i32),
+}
+
+/// The kernel's picture of one group at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GroupView {
+    /// Every listening socket in listen order; `None` is a stranger, or a worker's that is not ready yet.
+    pub order: Vec<Option<ListenerId>>,
+    /// Queue of each known listener.
+    pub depths: Vec<(ListenerId, Depth)>,
+    /// Half-open handshakes of the port, by the kernel's cookie. Nothing says whose they are.
+    pub half_open: Vec<u64>,
+    /// Connections the steering program has migrated so far; `None` where nothing counts them.
+    pub migrated: Option<u64>,
+    /// Failed migrations of the whole network namespace so far.
+    pub migrate_failures: Option<u64>,
+    /// `net.ipv4.tcp_migrate_req` is on: the kernel moves a closing listener's queue by hash.
+    pub migrates_by_hash: bool,
+}
+
+/// What waits in a listener.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Depth {
+    /// Finished handshakes not accepted yet.
+    pub queued: u32,
+    /// The limit given to `listen()`.
+    pub backlog: u32,
+    /// Connections the kernel dropped here since the socket exists.
+    pub drops: Option<u32>,
+}

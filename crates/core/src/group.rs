@@ -1,0 +1,120 @@
+//! One SO_REUSEPORT group and what is being done to it. At most one thing at a time: the kernel's answer to the one
+//! decides about the next.
+
+use crate::command::{Range, Share};
+use crate::event::Depth;
+use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
+use crate::slots::{Keys, Slots};
+use alloc::vec::Vec;
+use serde::{Deserialize, Serialize};
+
+/// One listening (or bound) socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Listener {
+    pub(crate) group: GroupId,
+    pub(crate) generation: Generation,
+    pub(crate) worker: WorkerId,
+    pub(crate) seat: Seat,
+    /// The master holds a duplicate.
+    pub(crate) handle: bool,
+    /// It listens; before that it has no slot and can't be chosen.
+    pub(crate) listens: bool,
+    /// Nobody accepts from it any more: it leaves as soon as that loses nothing.
+    pub(crate) leaving: bool,
+    /// Leave by `shutdown()`, since others still hold the socket.
+    pub(crate) by_shutdown: bool,
+    /// `ebpf`: its place in the array.
+    pub(crate) key: Option<u32>,
+    /// As of the last look; `None` before the first.
+    pub(crate) depth: Option<Depth>,
+    /// How often a worker was asked to take what waits in it.
+    pub(crate) asked: u8,
+    /// In the last look it was not there any more.
+    pub(crate) gone: bool,
+}
+
+/// What is in force in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum InForce {
+    /// The kernel's own hash.
+    Nothing,
+    /// `ebpf`.
+    Ranges(Vec<Range>),
+    /// `cbpf`.
+    Shares(Vec<Share>),
+}
+
+/// What is being done to a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Work {
+    /// Nothing.
+    Idle,
+    /// `cbpf`: reading the slots, in order to do this.
+    Surveying(After),
+    /// Waiting for the kernel's answer, in order to do this.
+    Steering(After),
+    /// A worker takes the leftovers of this listener.
+    Taking(ListenerId),
+    /// The kernel refused; tried again when the timer fires.
+    Refused,
+}
+
+/// What a step is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum After {
+    /// Steer to the target.
+    Steer,
+    /// Release this listener.
+    Release(ListenerId),
+}
+
+/// A group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Group {
+    /// Who new connections should go to; weights add up to 1000. Empty: nobody.
+    pub(crate) target: Vec<(Generation, u16)>,
+    /// The target, or who can be chosen in it, changed since the kernel was last told.
+    pub(crate) is_stale: bool,
+    pub(crate) work: Work,
+    pub(crate) in_force: InForce,
+    pub(crate) slots: Slots,
+    pub(crate) keys: Keys,
+    /// `ebpf`, unmodified workers: the one listener the master holds, so that the group never gets empty.
+    pub(crate) anchor: Option<ListenerId>,
+    /// Asked for, to become the anchor.
+    pub(crate) anchoring: Option<ListenerId>,
+    /// As of the last look.
+    pub(crate) half_open: Vec<u64>,
+    pub(crate) migrated: Option<u64>,
+    pub(crate) migrate_failures: Option<u64>,
+    pub(crate) migrates_by_hash: bool,
+}
+
+impl Group {
+    pub(crate) fn new() -> Group {
+        Group {
+            target: Vec::new(),
+            is_stale: false,
+            work: Work::Idle,
+            in_force: InForce::Nothing,
+            slots: Slots::default(),
+            keys: Keys::default(),
+            anchor: None,
+            anchoring: None,
+            half_open: Vec::new(),
+            migrated: None,
+            migrate_failures: None,
+            migrates_by_hash: false,
+        }
+    }
+
+    /// Whether new connections should go to this generation.
+    pub(crate) fn wants(&self, generation: Generation) -> bool {
+        self.target.iter().any(|(wanted, _)| *wanted == generation)
+    }
+
+    /// Whether the kernel does what is wanted.
+    pub(crate) fn is_steered(&self) -> bool {
+        !self.is_stale && self.work == Work::Idle
+    }
+}

@@ -1,0 +1,216 @@
+//! The master: what it remembers, and what becomes of each event.
+
+use crate::command::{Command, Notice, Report};
+use crate::event::{Event, StopMode};
+use crate::generation::{GenerationRecord, GenerationState, Upgrade, UpgradeStep, Wish};
+use crate::group::{Group, Listener};
+use crate::id::{Generation, GroupId, ListenerId, Ticket, Time, WorkerId};
+use crate::plan::Engine;
+use crate::restart::Exits;
+use crate::timers::{Timer, Timers};
+use crate::worker::Worker;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::vec::Vec;
+use core::time::Duration;
+use serde::{Deserialize, Serialize};
+
+/// Where the master is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MasterState {
+    /// The first generation is launching.
+    Starting,
+    /// One generation serves and nothing is under way.
+    Steady,
+    /// A new generation starts.
+    Launching,
+    /// The old generation's listeners leave.
+    Retiring,
+    /// The new generation is taken back.
+    RollingBack,
+    /// The service ends.
+    Stopping,
+    /// Respawning is suspended by the breaker.
+    Degraded,
+}
+
+/// A stop that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stopping {
+    pub(crate) mode: StopMode,
+    pub(crate) waiting: Vec<Ticket>,
+    /// Exit code at the end: 1 if the first generation never served.
+    pub(crate) code: u8,
+}
+
+/// The whole memory of the master as far as decisions need it. Plain data: it can be written down and read again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Master {
+    pub(crate) engine: Engine,
+    pub(crate) now: Time,
+    pub(crate) generations: BTreeMap<Generation, GenerationRecord>,
+    pub(crate) workers: BTreeMap<WorkerId, Worker>,
+    pub(crate) listeners: BTreeMap<ListenerId, Listener>,
+    pub(crate) groups: BTreeMap<GroupId, Group>,
+    pub(crate) active: Option<Generation>,
+    pub(crate) upgrade: Option<Upgrade>,
+    pub(crate) wish: Option<Wish>,
+    pub(crate) stopping: Option<Stopping>,
+    pub(crate) exits: Exits,
+    pub(crate) timers: Timers,
+    pub(crate) generation_last: u32,
+    pub(crate) worker_last: u32,
+    pub(crate) receipt_last: u32,
+    pub(crate) is_ended: bool,
+    #[serde(skip)]
+    pub(crate) commands: VecDeque<Command>,
+}
+
+/// How often it is checked that anchored workers still own their listeners.
+pub(crate) const ANCHOR_PERIOD: Duration = Duration::from_secs(1);
+
+impl Master {
+    /// A master without any generation. The first one comes with an [`Event::Upgrade`].
+    #[must_use]
+    pub fn new(engine: Engine) -> Master {
+        Master {
+            engine,
+            now: Time(0),
+            generations: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            listeners: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            active: None,
+            upgrade: None,
+            wish: None,
+            stopping: None,
+            exits: Exits::default(),
+            timers: Timers::default(),
+            generation_last: 0,
+            worker_last: 0,
+            receipt_last: 0,
+            is_ended: false,
+            commands: VecDeque::new(),
+        }
+    }
+
+    /// Takes in what happened. Every event is legal at any time; what makes no sense is reported and changes nothing.
+    pub fn handle(&mut self, event: Event, now: Time) {
+        // A clock that steps back would re-arm deadlines in the past.
+        self.now = self.now.max(now);
+        if self.is_ended {
+            return;
+        }
+        match event {
+            Event::Upgrade { plan, trigger, by } => self.on_upgrade(plan, trigger, by),
+            Event::Stop { mode, by } => self.on_stop(mode, by),
+            Event::Spawned { worker } => self.on_spawned(worker),
+            Event::SpawnFailed { worker, errno } => self.on_spawn_failed(worker, errno),
+            Event::Exited { worker, how, remains } => self.on_exited(worker, how, remains),
+            Event::Remains { worker, left } => self.on_remains(worker, left),
+            Event::Ready { worker, listeners } => self.on_ready(worker, &listeners),
+            Event::Notified { worker } => self.on_notified(worker),
+            Event::Extended { worker, by } => self.on_extended(worker, by),
+            Event::Drained { worker } => self.on_drained(worker),
+            Event::Taken { listener, count } => self.on_taken(listener, count),
+            Event::Found { worker, found } => self.on_found(worker, found),
+            Event::Listening { listener, result } => self.on_listening(listener, result),
+            Event::Steered { group, result } => self.on_steered(group, result),
+            Event::Admitted { listener, result } => self.on_admitted(listener, result),
+            Event::Anchored { listener, result } => self.on_anchored(listener, result),
+            Event::Owned { listener, owned } => self.on_owned(listener, owned),
+            Event::Observed { group, view } => self.on_observed(group, &view),
+            Event::Counted { connections } => self.on_counted(&connections),
+            Event::Deadline => self.on_deadline(),
+        }
+        self.advance();
+    }
+
+    /// What is to be done next. Drain it to `None` before the next [`handle`](Master::handle).
+    pub fn next_command(&mut self) -> Option<Command> {
+        self.commands.pop_front()
+    }
+
+    /// When [`Event::Deadline`] is due; `None` if nothing is waited for.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    /// Does everything that has become possible, until nothing more is.
+    fn advance(&mut self) {
+        self.advance_launch();
+        let groups: Vec<GroupId> = self.groups.keys().copied().collect();
+        for group in groups {
+            self.pump(group);
+        }
+        self.advance_upgrade();
+        self.advance_retirements();
+        self.advance_stop();
+    }
+
+    fn on_deadline(&mut self) {
+        while let Some(timer) = self.timers.take_due(self.now) {
+            match timer {
+                Timer::Ready(worker) => self.on_ready_timeout(worker),
+                Timer::Look(worker) => self.look(worker),
+                Timer::Kill(worker) => self.on_kill_deadline(worker),
+                Timer::Remains(worker) => self.push(Command::CheckRemains { worker }),
+                Timer::Respawn(generation, seat) => self.respawn(generation, seat),
+                Timer::Breaker => self.close_breaker(),
+                Timer::Retire(generation) => self.look_at_retirement(generation),
+                Timer::Group(group) => self.retry_group(group),
+                Timer::Anchors => self.look_at_anchors(),
+            }
+        }
+    }
+
+    /// Where the master is, as `status` says it.
+    #[must_use]
+    pub fn state(&self) -> MasterState {
+        if self.stopping.is_some() {
+            return MasterState::Stopping;
+        }
+        match self.upgrade.as_ref().map(|upgrade| (&upgrade.step, upgrade.from)) {
+            Some((UpgradeStep::RollingBack, _)) => MasterState::RollingBack,
+            Some((UpgradeStep::Retiring, _)) => MasterState::Retiring,
+            Some((_, None)) => MasterState::Starting,
+            Some((
+                UpgradeStep::Queued
+                | UpgradeStep::Launching
+                | UpgradeStep::Joining
+                | UpgradeStep::Steering(_),
+                Some(_),
+            )) => MasterState::Launching,
+            None if self.timers.is_armed(Timer::Breaker) => MasterState::Degraded,
+            None if self.active.is_none() => MasterState::Starting,
+            None => MasterState::Steady,
+        }
+    }
+
+    pub(crate) fn push(&mut self, command: Command) {
+        self.commands.push_back(command);
+    }
+
+    pub(crate) fn report(&mut self, report: Report) {
+        self.push(Command::Report(report));
+    }
+
+    pub(crate) fn notify(&mut self, notice: Notice) {
+        self.push(Command::Notify(notice));
+    }
+
+    /// Workers of a generation, by seat and age.
+    pub(crate) fn workers_of(&self, generation: Generation) -> Vec<WorkerId> {
+        self.workers.iter().filter(|(_, worker)| worker.generation == generation).map(|(id, _)| *id).collect()
+    }
+
+    /// Listeners of a worker.
+    pub(crate) fn listeners_of(&self, worker: WorkerId) -> Vec<ListenerId> {
+        self.listeners.iter().filter(|(_, listener)| listener.worker == worker).map(|(id, _)| *id).collect()
+    }
+
+    /// Old generations whose workers are still finishing their connections.
+    pub(crate) fn draining(&self) -> usize {
+        self.generations.values().filter(|record| record.state == GenerationState::Draining).count()
+    }
+}

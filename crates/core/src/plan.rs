@@ -1,0 +1,79 @@
+//! What a generation is to be: the part of the configuration that decisions depend on, already validated.
+
+use crate::id::GroupId;
+use alloc::vec::Vec;
+use core::time::Duration;
+use serde::{Deserialize, Serialize};
+
+/// How new connections are moved in the kernel. Chosen once by the shell, before the core is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Engine {
+    /// An `sk_reuseport` program over sockets named by key; the kernel migrates what a closing listener leaves.
+    Ebpf,
+    /// A classic program naming slots; the master holds a handle of every listener.
+    Cbpf,
+    /// No steering: the kernel hashes over whoever listens. Loses connections.
+    None,
+}
+
+/// How a worker is known to be ready. A `ready` on the handover channel counts with either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Readiness {
+    /// READY=1 on the notify socket.
+    Notify,
+    /// Owning a listener on every configured address.
+    Listen,
+}
+
+/// When a retired worker is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopWhen {
+    /// As soon as its accept queue is empty.
+    Drained,
+    /// When its open connections are gone too, or `idle_timeout` has passed.
+    Idle,
+    /// `Idle` for unmodified workers, `Drained` for those that speak the handover protocol.
+    Auto,
+}
+
+/// Stops respawning after too many exits in a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Breaker {
+    /// Exits within `window` that open it.
+    pub exits: u16,
+    /// The window.
+    pub window: Duration,
+    /// How long it stays open.
+    pub cooldown: Duration,
+}
+
+/// What the decisions about one generation need to know. The command line and the executable stay with the shell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Seats of the generation, at least 1.
+    pub workers: u16,
+    /// The groups every worker has to listen in.
+    pub groups: Vec<GroupId>,
+    /// How a worker is known to be ready.
+    pub readiness: Readiness,
+    /// A worker not ready by then has failed.
+    pub ready_timeout: Duration,
+    /// How long half-open handshakes may take after the switch.
+    pub settle_timeout: Duration,
+    /// When retired workers are told to stop.
+    pub stop_when: StopWhen,
+    /// The bound of waiting for open connections under [`StopWhen::Idle`].
+    pub idle_timeout: Duration,
+    /// From the switch (or the stop) to SIGKILL.
+    pub drain_timeout: Duration,
+    /// Old generations that may drain at once.
+    pub max_draining: u16,
+    /// First pause before a respawn; doubles.
+    pub backoff: Duration,
+    /// The longest pause.
+    pub backoff_max: Duration,
+    /// A worker that ran so long resets its seat's backoff.
+    pub stable_after: Duration,
+    /// Stops respawning for a while.
+    pub breaker: Breaker,
+}

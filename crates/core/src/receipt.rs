@@ -1,0 +1,113 @@
+//! What an upgrade leaves behind: the proof of how it went. Unknown is `None`, never 0.
+
+use crate::command::Reason;
+use crate::event::Trigger;
+use crate::id::{Generation, GroupId, Time};
+use alloc::vec::Vec;
+use core::time::Duration;
+use serde::{Deserialize, Serialize};
+
+/// How an upgrade ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// New connections go to the new generation.
+    Completed,
+    /// The old generation serves on.
+    RolledBack,
+    /// Nothing was begun.
+    Refused,
+}
+
+/// The phases of an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Phase {
+    /// The new generation starts beside the old one.
+    Launching,
+    /// New connections are moved.
+    Steering,
+    /// The old generation's listeners are emptied and leave.
+    Retiring,
+    /// The new generation is taken back.
+    RollingBack,
+    /// The old generation's workers finish their open connections.
+    Draining,
+}
+
+/// How long a phase took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// Which.
+    pub phase: Phase,
+    /// How long.
+    pub took: Duration,
+}
+
+/// What happened in one group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiptListener {
+    /// Which group.
+    pub group: GroupId,
+    /// Connections waiting in old listeners just after the switch.
+    pub queued_at_switch: Option<u32>,
+    /// Half-open handshakes of the port just after the switch.
+    pub half_open_at_switch: Option<u32>,
+    /// Half-open handshakes still there when the settle timeout ended the wait for them.
+    pub half_open_abandoned: u32,
+    /// Connections the steering program migrated during the upgrade.
+    pub migrated: Option<u64>,
+    /// Failed migrations of the whole network namespace during the upgrade.
+    pub migrate_failures: Option<u64>,
+    /// Connections the kernel dropped at old listeners, as far as they were still there to be asked.
+    pub listen_drops: Option<u32>,
+    /// Connections accepted by a worker from another's listener.
+    pub leftovers_taken: u32,
+    /// Connections that had no one to go to.
+    pub leftovers_lost: u32,
+}
+
+impl ReceiptListener {
+    pub(crate) fn new(group: GroupId) -> ReceiptListener {
+        ReceiptListener {
+            group,
+            queued_at_switch: None,
+            half_open_at_switch: None,
+            half_open_abandoned: 0,
+            migrated: None,
+            migrate_failures: None,
+            listen_drops: None,
+            leftovers_taken: 0,
+            leftovers_lost: 0,
+        }
+    }
+}
+
+/// The receipt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// Its number; a receipt is reported again under the same number when more is known.
+    pub serial: u32,
+    /// The generation that served before.
+    pub from: Option<Generation>,
+    /// The generation that was launched; `None` if none was.
+    pub to: Option<Generation>,
+    /// Who asked.
+    pub trigger: Trigger,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it did not complete.
+    pub reason: Option<Reason>,
+    /// When it began.
+    pub started: Time,
+    /// From its beginning to the end of retiring, or of the rollback.
+    pub took: Duration,
+    /// In order. A draining phase is added when it ends.
+    pub phases: Vec<PhaseTime>,
+    /// Per group.
+    pub listeners: Vec<ReceiptListener>,
+    /// Old workers killed at their deadline.
+    pub forced_kills: u32,
+    /// Open connections of those; `None` if one could not be counted.
+    pub connections_cut: Option<u32>,
+    /// All old workers are gone: nothing will be added any more.
+    pub is_final: bool,
+}

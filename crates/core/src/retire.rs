@@ -1,0 +1,450 @@
+//! The way out of an old generation: what had begun finishes, queues are emptied, workers are told to stop, listeners
+//! leave, open connections end; and what of it could not be had in time is counted.
+
+use crate::command::{Command, Order, Report, Signal};
+use crate::generation::{GenerationState, RetireStep, Retirement};
+use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
+use crate::master::Master;
+use crate::plan::{Engine, StopWhen};
+use crate::receipt::{Phase, PhaseTime, Receipt, ReceiptListener};
+use crate::timers::Timer;
+use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerKind, WorkerState};
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::vec::Vec;
+use core::time::Duration;
+
+/// From the switch to the snapshot of half-open handshakes: by then each SYN that was given to an old listener has
+/// its entry.
+const SNAPSHOT_AFTER: Duration = Duration::from_millis(50);
+/// How long a worker that was told to stop may hold its listener; then the socket is shut down through a handle.
+const RELEASE_GRACE: Duration = Duration::from_secs(1);
+
+impl Master {
+    /// New connections no longer go to this generation: let it finish.
+    pub(crate) fn retire(&mut self, generation: Generation) {
+        let Some(record) = self.generations.get_mut(&generation) else { return };
+        record.state = GenerationState::Retiring;
+        let (kill_at, seats) = (self.now.after(record.plan.drain_timeout), record.plan.workers);
+        for seat in 0..seats {
+            self.timers.disarm(Timer::Respawn(generation, Seat(seat)));
+        }
+        for worker in self.workers_of(generation) {
+            match self.workers.get_mut(&worker).map(|worker| &mut worker.state) {
+                Some(state @ WorkerState::Serving) => {
+                    *state = WorkerState::Emptying;
+                    self.timers.arm(Timer::Kill(worker), kill_at);
+                }
+                Some(state) if !state.is_ending() => self.end_unproven(worker),
+                Some(_) | None => {}
+            }
+        }
+        let step = if self.engine == Engine::None { RetireStep::Emptying } else { RetireStep::Counting };
+        let retirement = Retirement { since: self.now, step, pause: LOOK_PAUSE, looking: BTreeSet::new() };
+        if let Some(record) = self.generations.get_mut(&generation) {
+            record.retirement = Some(retirement);
+        }
+        self.look_at_retirement(generation);
+    }
+
+    /// Looks at all groups in the kernel; when all have answered, the retirement goes on.
+    pub(crate) fn look_at_retirement(&mut self, generation: Generation) {
+        let groups: BTreeSet<GroupId> = self.groups.keys().copied().collect();
+        let record = self.generations.get_mut(&generation);
+        let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
+        retirement.looking.clone_from(&groups);
+        for group in groups {
+            self.push(Command::Observe { group });
+        }
+    }
+
+    pub(crate) fn retirements_observed(&mut self, group: GroupId) {
+        let mut complete = Vec::new();
+        for (generation, record) in &mut self.generations {
+            if let Some(retirement) = record.retirement.as_mut()
+                && retirement.looking.remove(&group)
+                && retirement.looking.is_empty()
+            {
+                complete.push(*generation);
+            }
+        }
+        for generation in complete {
+            self.go_on_retiring(generation);
+        }
+    }
+
+    fn go_on_retiring(&mut self, generation: Generation) {
+        let record = self.generations.get(&generation);
+        let Some(retirement) = record.and_then(|record| record.retirement.as_ref()) else { return };
+        let before = retirement.step.clone();
+        let since = retirement.since;
+        let settle_by = record.map_or(since, |record| since.after(record.plan.settle_timeout));
+        let step = match before.clone() {
+            RetireStep::Counting => {
+                self.note_switch(generation);
+                // A stop that can't refuse new connections has nothing to wait for: they never end.
+                if self.keeps_receiving() { RetireStep::Emptying } else { RetireStep::Pausing }
+            }
+            RetireStep::Pausing => RetireStep::Settling(self.half_open()),
+            RetireStep::Settling(begun) => RetireStep::Settling(begun),
+            RetireStep::Emptying => RetireStep::Emptying,
+        };
+        let step = self.settle(generation, step, settle_by);
+        let pause = if step == before { None } else { Some(LOOK_PAUSE) };
+        let is_emptying = step == RetireStep::Emptying;
+        let first = if step == RetireStep::Pausing { Some(since.after(SNAPSHOT_AFTER)) } else { None };
+        let record = self.generations.get_mut(&generation);
+        let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
+        retirement.step = step;
+        retirement.pause = pause.unwrap_or((retirement.pause * 2).min(LOOK_PAUSE_MAX));
+        let next = first.unwrap_or(self.now.after(retirement.pause));
+        self.timers.arm(Timer::Retire(generation), next);
+        if is_emptying {
+            self.empty_workers(generation);
+        }
+    }
+
+    fn half_open(&self) -> BTreeMap<GroupId, BTreeSet<u64>> {
+        self.groups.iter().map(|(id, group)| (*id, group.half_open.iter().copied().collect())).collect()
+    }
+
+    /// Forgets finished handshakes of the snapshot; with none left, or no time left, the next step begins.
+    fn settle(&mut self, generation: Generation, step: RetireStep, settle_by: crate::id::Time) -> RetireStep {
+        let RetireStep::Settling(mut begun) = step else { return step };
+        let present = self.half_open();
+        for (group, handshakes) in &mut begun {
+            let present = present.get(group);
+            handshakes.retain(|handshake| present.is_some_and(|present| present.contains(handshake)));
+        }
+        begun.retain(|_, handshakes| !handshakes.is_empty());
+        if begun.is_empty() {
+            return RetireStep::Emptying;
+        }
+        if self.now < settle_by {
+            return RetireStep::Settling(begun);
+        }
+        for (group, handshakes) in &begun {
+            let abandoned = u32::try_from(handshakes.len()).unwrap_or(u32::MAX);
+            if let Some(listener) = self.receipt_listener(generation, *group) {
+                listener.half_open_abandoned = abandoned;
+            }
+        }
+        RetireStep::Emptying
+    }
+
+    /// Whether retired listeners still get new connections: the service stops, and the engine can't refuse.
+    fn keeps_receiving(&self) -> bool {
+        self.engine == Engine::None || (self.stopping.is_some() && self.engine == Engine::Cbpf)
+    }
+
+    // ---- each worker on its own -------------------------------------------------------------------------------
+
+    fn empty_workers(&mut self, generation: Generation) {
+        let mut workers = self.workers_of(generation);
+        // From the highest slot down, so that the slots in use stay together.
+        workers.sort_by_key(|worker| core::cmp::Reverse(self.highest_slot(*worker)));
+        // With one listener left to steer to there is nothing to steer off the mover to: while a slot is released,
+        // connections may fall on any old listener, so all of them but one must still be accepted from.
+        let is_strict = self.engine == Engine::Cbpf
+            && self.stopping.is_none()
+            && self.groups.keys().any(|group| self.choosable(*group).len() < 2);
+        let mut is_blocked = false;
+        let mut count = Vec::new();
+        for id in workers {
+            let Some(state) = self.workers.get(&id).map(|worker| worker.state) else { continue };
+            match state {
+                WorkerState::Emptying if self.is_empty(id) && self.must_idle(id) => {
+                    let until = self.now.after(self.idle_timeout(generation));
+                    self.set_state(id, WorkerState::Idling { until });
+                    count.push(id);
+                }
+                WorkerState::Emptying if self.is_empty(id) && !is_blocked => self.tell_stop(id),
+                WorkerState::Idling { until } if self.now >= until && !is_blocked => self.tell_stop(id),
+                WorkerState::Idling { .. } => count.push(id),
+                WorkerState::Stopping { told, drained } => self.let_listeners_go(id, told, drained),
+                WorkerState::Spawning
+                | WorkerState::Starting { .. }
+                | WorkerState::Ready
+                | WorkerState::Joining
+                | WorkerState::Serving
+                | WorkerState::Emptying
+                | WorkerState::Draining
+                | WorkerState::Dying
+                | WorkerState::Remains { .. } => {}
+            }
+            is_blocked |= is_strict && !self.listeners_of(id).is_empty();
+        }
+        if !count.is_empty() {
+            self.push(Command::Count { workers: count });
+        }
+    }
+
+    fn set_state(&mut self, id: WorkerId, state: WorkerState) {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.state = state;
+        }
+    }
+
+    fn highest_slot(&self, worker: WorkerId) -> Option<u16> {
+        let slot = |listener: &ListenerId| {
+            let group = self.listeners.get(listener).and_then(|l| self.groups.get(&l.group))?;
+            group.slots.of(*listener)
+        };
+        self.listeners_of(worker).iter().filter_map(slot).max()
+    }
+
+    /// Nothing waits in its listeners, or the worker itself sees to that.
+    fn is_empty(&self, id: WorkerId) -> bool {
+        let is_handover =
+            self.workers.get(&id).is_some_and(|worker| worker.kind == Some(WorkerKind::Handover));
+        let waits = |id: &ListenerId| {
+            self.listeners.get(id).is_some_and(|l| !l.gone && l.depth.is_none_or(|depth| depth.queued > 0))
+        };
+        is_handover || self.keeps_receiving() || !self.listeners_of(id).iter().any(waits)
+    }
+
+    fn must_idle(&self, id: WorkerId) -> bool {
+        let Some(worker) = self.workers.get(&id) else { return false };
+        let stop_when = self.generations.get(&worker.generation).map(|record| record.plan.stop_when);
+        match stop_when {
+            Some(StopWhen::Idle) => true,
+            Some(StopWhen::Auto) => {
+                worker.kind == Some(WorkerKind::Unmodified) && self.engine != Engine::None
+            }
+            Some(StopWhen::Drained) | None => false,
+        }
+    }
+
+    fn idle_timeout(&self, generation: Generation) -> Duration {
+        self.generations.get(&generation).map_or(Duration::ZERO, |record| record.plan.idle_timeout)
+    }
+
+    fn tell_stop(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.state = WorkerState::Stopping { told: self.now, drained: false };
+        let (kind, generation) = (worker.kind, worker.generation);
+        self.push(match kind {
+            Some(WorkerKind::Handover) => Command::Tell { worker: id, order: Order::Stop },
+            Some(WorkerKind::Unmodified) | None => Command::Signal { worker: id, signal: Signal::Stop },
+        });
+        if let Some(retirement) = self.generations.get_mut(&generation).and_then(|r| r.retirement.as_mut()) {
+            retirement.pause = LOOK_PAUSE;
+        }
+        self.timers.arm_by(Timer::Retire(generation), self.now.after(LOOK_PAUSE));
+    }
+
+    /// A worker that was told to stop: its listeners leave when it has let go of them, or has had its time.
+    fn let_listeners_go(&mut self, id: WorkerId, told: crate::id::Time, drained: bool) {
+        let is_late = self.now >= told.after(RELEASE_GRACE);
+        for listener in self.listeners_of(id) {
+            let Some(record) = self.listeners.get_mut(&listener).filter(|record| !record.leaving) else {
+                continue;
+            };
+            if record.gone || drained {
+                record.leaving = true;
+            } else if is_late && record.handle {
+                record.by_shutdown = true;
+                record.leaving = true;
+            } else if is_late {
+                self.push(Command::Anchor { listener });
+            } else if record.handle {
+                self.push(Command::Owns { listener });
+            }
+        }
+    }
+
+    pub(crate) fn on_owned(&mut self, id: ListenerId, owned: bool) {
+        let Some(listener) = self.listeners.get_mut(&id).filter(|l| !owned && !l.leaving) else { return };
+        let (group, worker) = (listener.group, listener.worker);
+        match self.workers.get(&worker).map(|worker| worker.state) {
+            Some(WorkerState::Stopping { .. }) => listener.leaving = true,
+            Some(WorkerState::Serving | WorkerState::Emptying | WorkerState::Idling { .. }) => {
+                listener.leaving = true;
+                listener.by_shutdown = true;
+                self.report(Report::ListenerLost(id));
+                self.mark_stale(group);
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    pub(crate) fn on_drained(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if let WorkerState::Stopping { drained, .. } = &mut worker.state {
+            *drained = true;
+            let generation = worker.generation;
+            for listener in self.listeners_of(id) {
+                if let Some(listener) = self.listeners.get_mut(&listener) {
+                    listener.leaving = true;
+                }
+            }
+            self.timers.arm_by(Timer::Retire(generation), self.now);
+        }
+    }
+
+    pub(crate) fn on_counted(&mut self, connections: &[(WorkerId, u32)]) {
+        let mut idle = BTreeSet::new();
+        for (id, open) in connections {
+            let Some(worker) = self.workers.get_mut(id) else { continue };
+            let generation = worker.generation;
+            if worker.cut_uncounted {
+                worker.cut_uncounted = false;
+                self.report(Report::Killed(*id, Some(*open)));
+                if let Some(receipt) = self.receipt_of(generation) {
+                    receipt.connections_cut = receipt.connections_cut.map(|cut| cut + open);
+                }
+            } else if let (0, WorkerState::Idling { until }) = (open, &mut worker.state) {
+                *until = self.now;
+                idle.insert(generation);
+            }
+        }
+        for generation in idle {
+            self.empty_workers(generation);
+        }
+    }
+
+    /// The end of a worker's patience: whatever it still has open is cut, and counted.
+    pub(crate) fn on_kill_deadline(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let generation = worker.generation;
+        if worker.state != WorkerState::Dying {
+            worker.state = WorkerState::Dying;
+            worker.cut_uncounted = true;
+            self.push(Command::Count { workers: [id].into() });
+            if let Some(receipt) = self.receipt_of(generation) {
+                receipt.forced_kills += 1;
+            }
+        }
+        self.push(Command::Signal { worker: id, signal: Signal::KillGroup });
+    }
+
+    // ---- the generation's end ---------------------------------------------------------------------------------
+
+    pub(crate) fn advance_retirements(&mut self) {
+        let leaving: Vec<Generation> = self
+            .generations
+            .iter()
+            .filter(|(_, r)| matches!(r.state, GenerationState::Retiring | GenerationState::Draining))
+            .map(|(generation, _)| *generation)
+            .collect();
+        for generation in leaving {
+            self.advance_retirement(generation);
+        }
+    }
+
+    fn advance_retirement(&mut self, generation: Generation) {
+        for id in self.workers_of(generation) {
+            let is_stopping = |state| matches!(state, WorkerState::Stopping { .. });
+            if self.listeners_of(id).is_empty() && self.workers.get(&id).is_some_and(|w| is_stopping(w.state))
+            {
+                self.set_state(id, WorkerState::Draining);
+            }
+        }
+        let workers = self.workers_of(generation);
+        let has_listeners = self.listeners.values().any(|listener| listener.generation == generation);
+        let all_ending = workers
+            .iter()
+            .all(|worker| self.workers.get(worker).is_some_and(|worker| worker.state.is_ending()));
+        if has_listeners || !all_ending {
+            return;
+        }
+        let Some(record) = self.generations.get_mut(&generation) else { return };
+        // A generation that never served has nothing to drain: it is taken back when its last process is gone.
+        if record.retirement.take().is_some() {
+            record.state = GenerationState::Draining;
+            record.draining_since = Some(self.now);
+            self.timers.disarm(Timer::Retire(generation));
+            self.advance_upgrade();
+        }
+        if workers.is_empty() {
+            self.forget_generation(generation);
+        }
+    }
+
+    fn forget_generation(&mut self, generation: Generation) {
+        for group in self.groups.values_mut() {
+            group.keys.take_back(generation);
+        }
+        let Some(record) = self.generations.remove(&generation) else { return };
+        self.report(Report::Drained(generation));
+        let serial = record.receipt.as_ref().map(|receipt| receipt.serial);
+        if let Some(mut receipt) = record.receipt {
+            let took = record.draining_since.map_or(Duration::ZERO, |since| self.now.since(since));
+            receipt.phases.push(PhaseTime { phase: Phase::Draining, took });
+            receipt.is_final = true;
+            self.report(Report::Ended(receipt));
+        }
+        for to in record.waiting {
+            self.push(Command::Reply { to, receipt: serial });
+        }
+        self.advance_launch();
+        self.advance_upgrade();
+    }
+
+    // ---- the receipt ------------------------------------------------------------------------------------------
+
+    /// The receipt of the upgrade that replaces this generation.
+    fn receipt_of(&mut self, generation: Generation) -> Option<&mut Receipt> {
+        match &mut self.upgrade {
+            Some(upgrade) if upgrade.from == Some(generation) || upgrade.to == generation => {
+                Some(&mut upgrade.receipt)
+            }
+            Some(_) | None => self.generations.get_mut(&generation)?.receipt.as_mut(),
+        }
+    }
+
+    fn receipt_listener(&mut self, generation: Generation, group: GroupId) -> Option<&mut ReceiptListener> {
+        self.receipt_of(generation)?.listeners.iter_mut().find(|listener| listener.group == group)
+    }
+
+    /// The first look after the switch.
+    fn note_switch(&mut self, generation: Generation) {
+        let groups: Vec<GroupId> = self.groups.keys().copied().collect();
+        for group in groups {
+            let of_old =
+                self.listeners.values().filter(|l| l.group == group && l.generation == generation && !l.gone);
+            let depths: Vec<_> = of_old.map(|listener| listener.depth).collect();
+            let queued = depths.iter().map(|depth| depth.map(|depth| depth.queued)).sum::<Option<u32>>();
+            let drops = depths.iter().map(|depth| depth.and_then(|depth| depth.drops)).sum::<Option<u32>>();
+            let half_open =
+                self.groups.get(&group).map(|group| u32::try_from(group.half_open.len()).unwrap_or(u32::MAX));
+            if let Some(listener) = self.receipt_listener(generation, group) {
+                listener.queued_at_switch = queued;
+                listener.half_open_at_switch = half_open;
+                listener.listen_drops = drops;
+            }
+        }
+    }
+
+    /// Counters at the beginning (negated, so to speak) and at the end of an upgrade.
+    pub(crate) fn note_counters(&mut self, is_start: bool) {
+        let Some(upgrade) = self.upgrade.as_mut() else { return };
+        for listener in &mut upgrade.receipt.listeners {
+            let Some(group) = self.groups.get(&listener.group) else { continue };
+            if is_start {
+                listener.migrated = group.migrated;
+                listener.migrate_failures = group.migrate_failures;
+            } else {
+                let since =
+                    |end: Option<u64>, start: Option<u64>| Some(end?.saturating_sub(start.unwrap_or(0)));
+                listener.migrated = since(group.migrated, listener.migrated);
+                listener.migrate_failures = since(group.migrate_failures, listener.migrate_failures);
+            }
+        }
+    }
+
+    pub(crate) fn note_leftovers(&mut self, id: ListenerId, taken: u32, lost: u32) {
+        let Some((group, generation)) = self.listeners.get(&id).map(|l| (l.group, l.generation)) else {
+            return;
+        };
+        if let Some(listener) = self.receipt_listener(generation, group) {
+            listener.leftovers_taken += taken;
+            listener.leftovers_lost += lost;
+        }
+        if taken > 0 {
+            self.report(Report::LeftoversTaken(id, taken));
+        }
+        if lost > 0 {
+            self.report(Report::LeftoversLost(id, lost));
+        }
+    }
+}

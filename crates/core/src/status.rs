@@ -1,0 +1,113 @@
+//! What `status` can say about decisions. Pids, executables and connections are the shell's to add.
+
+use crate::event::Depth;
+use crate::generation::GenerationState;
+use crate::id::{Generation, GroupId, ListenerId, Seat, Time, WorkerId};
+use crate::master::{Master, MasterState};
+use crate::worker::{WorkerKind, WorkerState};
+use alloc::vec::Vec;
+
+/// The whole picture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StatusView {
+    /// Where the master is.
+    pub state: MasterState,
+    /// Who gets new connections.
+    pub active: Option<Generation>,
+    /// Oldest first.
+    pub generations: Vec<GenerationView>,
+}
+
+/// One generation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerationView {
+    /// Its number.
+    pub generation: Generation,
+    /// Where it is.
+    pub state: GenerationState,
+    /// Its part of new connections, 0 to 1000.
+    pub share: u16,
+    /// By seat.
+    pub workers: Vec<WorkerView>,
+}
+
+/// One worker, or an empty seat.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkerView {
+    /// Its place.
+    pub seat: Seat,
+    /// `None`: the seat waits for a respawn.
+    pub worker: Option<WorkerId>,
+    /// Where it is.
+    pub state: Option<WorkerState>,
+    /// Speaks the handover protocol or not, once known.
+    pub kind: Option<WorkerKind>,
+    /// How often the seat was filled again.
+    pub restarts: u32,
+    /// When it was spawned.
+    pub spawned: Option<Time>,
+    /// Its listeners.
+    pub listeners: Vec<ListenerView>,
+}
+
+/// One listener.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ListenerView {
+    /// Which.
+    pub listener: ListenerId,
+    /// In which group.
+    pub group: GroupId,
+    /// As of the last look.
+    pub depth: Option<Depth>,
+}
+
+impl Master {
+    /// A picture of everything, for people.
+    #[must_use]
+    pub fn status(&self) -> StatusView {
+        let generations =
+            self.generations.keys().map(|generation| self.generation_view(*generation)).collect();
+        StatusView { state: self.state(), active: self.active, generations }
+    }
+
+    fn generation_view(&self, generation: Generation) -> GenerationView {
+        let record = self.generations.get(&generation);
+        let share = self
+            .groups
+            .values()
+            .find_map(|group| group.target.iter().find(|(wanted, _)| *wanted == generation));
+        let seats = record.map(|record| record.seats.as_slice()).unwrap_or_default();
+        let mut workers: Vec<WorkerView> = Vec::new();
+        for (seat, place) in (0..).zip(seats) {
+            workers.push(self.worker_view(Seat(seat), place.worker, place.restarts));
+        }
+        for id in self.workers_of(generation) {
+            if let Some(worker) =
+                self.workers.get(&id).filter(|_| !seats.iter().any(|seat| seat.worker == Some(id)))
+            {
+                workers.push(self.worker_view(worker.seat, Some(id), 0));
+            }
+        }
+        let state = record.map_or(GenerationState::Draining, |record| record.state);
+        if matches!(state, GenerationState::Retiring | GenerationState::Draining) {
+            workers.retain(|worker| worker.worker.is_some());
+        }
+        GenerationView { generation, state, share: share.map_or(0, |(_, share)| *share), workers }
+    }
+
+    fn worker_view(&self, seat: Seat, id: Option<WorkerId>, restarts: u32) -> WorkerView {
+        let worker = id.and_then(|id| self.workers.get(&id));
+        let of_worker = self.listeners.iter().filter(|(_, listener)| Some(listener.worker) == id);
+        WorkerView {
+            seat,
+            worker: id,
+            state: worker.map(|worker| worker.state),
+            kind: worker.and_then(|worker| worker.kind),
+            restarts,
+            spawned: worker.map(|worker| worker.spawned),
+            listeners: of_worker
+                .map(|(id, l)| ListenerView { listener: *id, group: l.group, depth: l.depth })
+                .collect(),
+        }
+    }
+}

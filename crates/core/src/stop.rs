@@ -1,0 +1,78 @@
+//! The end of the service.
+
+use crate::command::{Command, Notice, Reason, Signal};
+use crate::event::StopMode;
+use crate::generation::GenerationState;
+use crate::id::{ListenerId, Ticket, WorkerId};
+use crate::master::{Master, Stopping};
+use crate::timers::Timer;
+use crate::worker::WorkerState;
+use alloc::vec::Vec;
+
+impl Master {
+    pub(crate) fn on_stop(&mut self, mode: StopMode, by: Option<Ticket>) {
+        let is_second = self.stopping.is_some();
+        let stopping = self.stopping.get_or_insert(Stopping { mode, waiting: Vec::new(), code: 0 });
+        stopping.waiting.extend(by);
+        // A client that asks again only wants to wait; a signal sent again means it.
+        if mode == StopMode::Fast || (is_second && by.is_none()) {
+            stopping.mode = StopMode::Fast;
+        }
+        let is_fast = stopping.mode == StopMode::Fast;
+        if !is_second {
+            self.notify(Notice::Stopping);
+            self.drop_wish();
+            self.fail_upgrade(Reason::Stopped);
+            self.timers.disarm(Timer::Breaker);
+            self.aim(&[]);
+            if let Some(active) = self.active.take() {
+                self.retire(active);
+            }
+        }
+        if is_fast {
+            self.kill_all();
+        }
+    }
+
+    /// The waiting upgrade will never begin.
+    pub(crate) fn drop_wish(&mut self) {
+        if let Some(wish) = self.wish.take() {
+            self.refuse(&wish, Reason::Stopped);
+        }
+    }
+
+    fn kill_all(&mut self) {
+        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
+        for id in workers {
+            if let Some(worker) = self.workers.get_mut(&id) {
+                if !matches!(worker.state, WorkerState::Remains { .. }) {
+                    worker.state = WorkerState::Dying;
+                }
+                self.push(Command::Signal { worker: id, signal: Signal::KillGroup });
+            }
+        }
+    }
+
+    /// With no process left, everything is let go of and every client answered.
+    pub(crate) fn advance_stop(&mut self) {
+        if self.stopping.is_none() || !self.workers.is_empty() {
+            return;
+        }
+        let listeners: Vec<ListenerId> = self.listeners.keys().copied().collect();
+        for listener in listeners {
+            self.forget_listener(listener);
+        }
+        for record in self.generations.values_mut() {
+            record.state = GenerationState::Retiring;
+        }
+        self.advance_retirements();
+        self.advance_upgrade();
+        let Some(stopping) = self.stopping.as_mut() else { return };
+        let code = stopping.code;
+        for to in core::mem::take(&mut stopping.waiting) {
+            self.push(Command::Reply { to, receipt: None });
+        }
+        self.push(Command::Exit { code });
+        self.is_ended = true;
+    }
+}

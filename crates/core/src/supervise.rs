@@ -1,0 +1,187 @@
+//! Ends of workers that should serve, and what follows: their seats are filled again, but not for ever.
+
+use crate::command::{Command, Reason, Report, Signal};
+use crate::event::Exit;
+use crate::generation::{GenerationState, UpgradeStep};
+use crate::id::{Generation, Seat, WorkerId};
+use crate::master::Master;
+use crate::timers::Timer;
+use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerState};
+use core::time::Duration;
+
+/// How long the remains of a crashed worker may take after SIGTERM.
+const REMAINS_GRACE: Duration = Duration::from_secs(1);
+
+impl Master {
+    pub(crate) fn on_exited(&mut self, id: WorkerId, how: Exit, remains: bool) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let was = worker.state;
+        if let WorkerState::Remains { .. } = was {
+            return self.report(Report::Bug("a worker ended twice"));
+        }
+        self.report(Report::WorkerExited { worker: id, how, asked: was.is_ending() });
+        self.timers.disarm(Timer::Ready(id));
+        self.timers.disarm(Timer::Look(id));
+        if remains {
+            self.end_remains(id, was.is_ending());
+        } else {
+            self.push(Command::Reap { worker: id });
+            self.forget_worker(id);
+        }
+        self.vacate(id, was, how);
+    }
+
+    /// Processes the worker started go with it; those of a worker that was told to stop may finish as it might have.
+    fn end_remains(&mut self, id: WorkerId, asked: bool) {
+        let deadline = self.timers.at(Timer::Kill(id)).filter(|_| asked);
+        self.timers.disarm(Timer::Kill(id));
+        let until = deadline.unwrap_or(self.now.after(REMAINS_GRACE));
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.state = WorkerState::Remains { until };
+            worker.pause = LOOK_PAUSE;
+        }
+        self.push(Command::Signal { worker: id, signal: Signal::TerminateGroup });
+        self.timers.arm(Timer::Remains(id), self.now.after(LOOK_PAUSE));
+        for listener in self.listeners_of(id) {
+            if let Some(group) = self.listeners.get(&listener).map(|listener| listener.group) {
+                self.mark_stale(group);
+            }
+        }
+    }
+
+    pub(crate) fn on_remains(&mut self, id: WorkerId, left: bool) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let WorkerState::Remains { until } = worker.state else { return };
+        if !left {
+            self.push(Command::Reap { worker: id });
+            return self.forget_worker(id);
+        }
+        let pause = worker.pause;
+        worker.pause = (pause * 2).min(LOOK_PAUSE_MAX);
+        if self.now >= until {
+            self.push(Command::Signal { worker: id, signal: Signal::KillGroup });
+        }
+        self.timers.arm(Timer::Remains(id), self.now.after(pause));
+    }
+
+    /// No process of the worker is left. Of its listeners only those live on that the master holds a handle of.
+    fn forget_worker(&mut self, id: WorkerId) {
+        for timer in [Timer::Kill(id), Timer::Remains(id), Timer::Ready(id), Timer::Look(id)] {
+            self.timers.disarm(timer);
+        }
+        for listener in self.listeners_of(id) {
+            let Some(record) = self.listeners.get_mut(&listener) else { continue };
+            let group = record.group;
+            record.leaving = true;
+            if !record.handle {
+                self.forget_listener(listener);
+            }
+            self.mark_stale(group);
+        }
+        self.workers.remove(&id);
+    }
+
+    /// The seat is empty. What that means depends on what the generation was about.
+    fn vacate(&mut self, id: WorkerId, was: WorkerState, how: Exit) {
+        let Some((generation, seat)) = self.seat_of(id) else { return };
+        let Some(record) = self.generations.get_mut(&generation) else { return };
+        let Some(place) = record.seats.get_mut(usize::from(seat.0)) else { return };
+        place.worker = None;
+        match record.state {
+            GenerationState::Launching => self.fail_upgrade(Reason::Exited(seat, id, how)),
+            GenerationState::Active => self.refill(generation, seat),
+            GenerationState::Retiring | GenerationState::Draining => {
+                let is_cut = was == WorkerState::Dying;
+                self.timers.arm_by(
+                    Timer::Retire(generation),
+                    self.now.after(if is_cut { LOOK_PAUSE } else { Duration::ZERO }),
+                );
+            }
+        }
+    }
+
+    fn seat_of(&self, id: WorkerId) -> Option<(Generation, Seat)> {
+        self.generations.iter().find_map(|(generation, record)| {
+            let seat = record.seats.iter().position(|seat| seat.worker == Some(id))?;
+            Some((*generation, Seat(u16::try_from(seat).ok()?)))
+        })
+    }
+
+    fn refill(&mut self, generation: Generation, seat: Seat) {
+        if self.stopping.is_some() {
+            return;
+        }
+        let now = self.now;
+        let Some(record) = self.generations.get_mut(&generation) else { return };
+        let Some(place) = record.seats.get_mut(usize::from(seat.0)) else { return };
+        place.restarts += 1;
+        let pause = place.backoff.after_exit(now.since(place.filled), &record.plan);
+        let breaker = record.plan.breaker;
+        if self.exits.note(now, &breaker) && !self.timers.is_armed(Timer::Breaker) {
+            self.timers.arm(Timer::Breaker, now.after(breaker.cooldown));
+            self.report(Report::BreakerOpened(breaker.cooldown));
+        }
+        if self.timers.is_armed(Timer::Breaker) {
+            return;
+        }
+        self.report(Report::Respawning(generation, seat, pause));
+        if pause.is_zero() {
+            self.respawn(generation, seat);
+        } else {
+            self.timers.arm(Timer::Respawn(generation, seat), now.after(pause));
+        }
+    }
+
+    pub(crate) fn respawn(&mut self, generation: Generation, seat: Seat) {
+        let record =
+            self.generations.get(&generation).filter(|record| record.state == GenerationState::Active);
+        let place = record.and_then(|record| record.seats.get(usize::from(seat.0)));
+        if place.is_some_and(|place| place.worker.is_none()) && !self.timers.is_armed(Timer::Breaker) {
+            self.spawn(generation, seat);
+        }
+    }
+
+    pub(crate) fn close_breaker(&mut self) {
+        self.exits.clear();
+        self.report(Report::BreakerClosed);
+        let Some(active) = self.active else { return };
+        let seats = self.generations.get(&active).map_or(0, |record| record.plan.workers);
+        for seat in 0..seats {
+            self.respawn(active, Seat(seat));
+        }
+    }
+
+    pub(crate) fn on_spawn_failed(&mut self, id: WorkerId, errno: i32) {
+        let Some(worker) = self.workers.remove(&id) else { return };
+        self.timers.disarm(Timer::Ready(id));
+        let Some((generation, seat)) = self.seat_of(id) else { return };
+        if let Some(place) =
+            self.generations.get_mut(&generation).and_then(|record| record.seats.get_mut(usize::from(seat.0)))
+        {
+            place.worker = None;
+        }
+        let reason = Reason::SpawnFailed(worker.seat, id, errno);
+        if self.is_launching(generation) {
+            return self.fail_upgrade(reason);
+        }
+        self.report(Report::Replaced(id, reason));
+        if self.active == Some(generation) {
+            self.refill(generation, seat);
+        }
+    }
+
+    fn is_launching(&self, generation: Generation) -> bool {
+        let begins = |step: &UpgradeStep| !matches!(step, UpgradeStep::Retiring | UpgradeStep::RollingBack);
+        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.to == generation && begins(&upgrade.step))
+    }
+
+    /// A worker is not what it should be: that ends a launch, and a respawn is ended and tried again.
+    pub(crate) fn fail_worker(&mut self, id: WorkerId, reason: Reason) {
+        let Some(generation) = self.workers.get(&id).map(|worker| worker.generation) else { return };
+        if self.is_launching(generation) {
+            return self.fail_upgrade(reason);
+        }
+        self.report(Report::Replaced(id, reason));
+        self.end_unproven(id);
+    }
+}

@@ -1,0 +1,72 @@
+//! Everything the core waits for in time, as one table; its minimum is the next deadline.
+
+use crate::id::{Generation, GroupId, Seat, Time, WorkerId};
+use alloc::collections::BTreeMap;
+use serde::{Deserialize, Serialize};
+
+/// What may be waited for. At most one of each is armed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum Timer {
+    /// The worker must be ready by then.
+    Ready(WorkerId),
+    /// Look for the worker's listeners again.
+    Look(WorkerId),
+    /// The worker's process group is killed then.
+    Kill(WorkerId),
+    /// Ask again whether processes of the ended worker are left.
+    Remains(WorkerId),
+    /// The seat is filled again then.
+    Respawn(Generation, Seat),
+    /// The breaker closes then.
+    Breaker,
+    /// Look again how far the retirement is.
+    Retire(Generation),
+    /// Steer this group again, or ask again for leftovers to be taken.
+    Group(GroupId),
+    /// Look whether the anchored workers still own their listeners.
+    Anchors,
+}
+
+/// The armed timers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Timers(BTreeMap<Timer, Time>);
+
+impl Timers {
+    /// Arms or moves a timer.
+    pub(crate) fn arm(&mut self, timer: Timer, at: Time) {
+        self.0.insert(timer, at);
+    }
+
+    /// Arms a timer, or moves it if it would fire later.
+    pub(crate) fn arm_by(&mut self, timer: Timer, at: Time) {
+        let armed = self.0.entry(timer).or_insert(at);
+        *armed = at.min(*armed);
+    }
+
+    /// Forgets a timer.
+    pub(crate) fn disarm(&mut self, timer: Timer) {
+        self.0.remove(&timer);
+    }
+
+    /// Whether it is armed.
+    pub(crate) fn is_armed(&self, timer: Timer) -> bool {
+        self.0.contains_key(&timer)
+    }
+
+    /// The earliest point anything is waited for.
+    pub(crate) fn next(&self) -> Option<Time> {
+        self.0.values().min().copied()
+    }
+
+    /// Takes one timer that is due, the earliest first.
+    pub(crate) fn take_due(&mut self, now: Time) -> Option<Timer> {
+        let (&timer, _) = self.0.iter().filter(|(_, at)| **at <= now).min_by_key(|(_, at)| **at)?;
+        self.0.remove(&timer);
+        Some(timer)
+    }
+
+    /// When this timer fires.
+    pub(crate) fn at(&self, timer: Timer) -> Option<Time> {
+        self.0.get(&timer).copied()
+    }
+}

@@ -1,0 +1,374 @@
+//! A kernel reduced to what steering depends on: reuseport groups, listeners, references, half-open handshakes, queues.
+//!
+//! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
+
+use crate::rng::Rng;
+use reuseportd_core::{Depth, GroupId, GroupView, ListenerId, Range, Share, WorkerId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+const EINVAL: i32 = 22;
+const EBUSY: i32 = 16;
+
+/// Whoever holds a descriptor of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Holder {
+    Leader(WorkerId),
+    Child(WorkerId),
+    /// A sibling that was asked to take the leftovers.
+    Taker(WorkerId),
+    /// A message that carries the descriptor and has not been read.
+    Flight,
+    Master,
+    Stranger,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Bound,
+    Listening,
+    Gone,
+}
+
+#[derive(Debug)]
+pub(crate) struct Socket {
+    pub(crate) group: GroupId,
+    /// `None` is a stranger.
+    pub(crate) owner: Option<WorkerId>,
+    pub(crate) stage: Stage,
+    pub(crate) holders: BTreeSet<Holder>,
+    pub(crate) queue: VecDeque<u64>,
+    pub(crate) half_open: BTreeSet<u64>,
+    /// The master was told of it.
+    pub(crate) known: bool,
+    key: Option<u32>,
+}
+
+impl Socket {
+    /// Some process of the owner holds it.
+    pub(crate) fn is_owned(&self) -> bool {
+        self.owner.is_some_and(|w| {
+            self.holders.contains(&Holder::Leader(w)) || self.holders.contains(&Holder::Child(w))
+        })
+    }
+}
+
+/// The program in force in a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Program {
+    Hash,
+    Ranges(Vec<Range>),
+    Slots(Vec<Share>),
+}
+
+#[derive(Debug)]
+pub(crate) struct Group {
+    /// Listeners in slot order.
+    pub(crate) slots: Vec<ListenerId>,
+    pub(crate) program: Program,
+    keys: BTreeMap<u32, ListenerId>,
+    migrated: u64,
+}
+
+impl Default for Group {
+    fn default() -> Group {
+        Group { slots: Vec::new(), program: Program::Hash, keys: BTreeMap::new(), migrated: 0 }
+    }
+}
+
+/// What became of a SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The program named this listener.
+    Named(ListenerId),
+    /// The program named nobody who is there, so the kernel hashed over all.
+    Hashed(ListenerId),
+    /// No listener, or the program refuses.
+    Refused,
+}
+
+/// A begun connection that was reset before anybody accepted it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Loss {
+    pub(crate) connection: u64,
+    pub(crate) listener: ListenerId,
+    pub(crate) half_open: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Kernel {
+    pub(crate) groups: BTreeMap<GroupId, Group>,
+    pub(crate) sockets: BTreeMap<ListenerId, Socket>,
+    /// Where each connection waits that nobody has accepted.
+    pub(crate) waiting: BTreeMap<u64, ListenerId>,
+    /// `net.ipv4.tcp_migrate_req`.
+    pub(crate) migrates_by_hash: bool,
+    /// Since somebody last asked.
+    pub(crate) losses: Vec<Loss>,
+    /// Groups that a listener left otherwise than by the master's hand, since somebody last asked.
+    pub(crate) left: BTreeSet<GroupId>,
+    /// Listeners in which something new waits, since somebody last asked.
+    pub(crate) woken: Vec<ListenerId>,
+    failures: u64,
+    next_listener: u32,
+    next_connection: u64,
+}
+
+impl Kernel {
+    /// A new socket with an address, but without a slot.
+    pub(crate) fn bind(&mut self, group: GroupId, owner: Option<WorkerId>, holder: Holder) -> ListenerId {
+        self.next_listener += 1;
+        let socket = Socket {
+            group,
+            owner,
+            stage: Stage::Bound,
+            holders: BTreeSet::from([holder]),
+            queue: VecDeque::new(),
+            half_open: BTreeSet::new(),
+            known: false,
+            key: None,
+        };
+        self.sockets.insert(ListenerId(self.next_listener), socket);
+        ListenerId(self.next_listener)
+    }
+
+    /// Takes the last slot; listening again changes nothing.
+    pub(crate) fn listen(&mut self, listener: ListenerId) -> Result<(), i32> {
+        let socket = self.sockets.get_mut(&listener).ok_or(EINVAL)?;
+        match socket.stage {
+            Stage::Bound => {
+                socket.stage = Stage::Listening;
+                self.groups.entry(socket.group).or_default().slots.push(listener);
+                Ok(())
+            }
+            Stage::Listening => Ok(()),
+            Stage::Gone => Err(EINVAL),
+        }
+    }
+
+    /// The group by its name; one without listeners is as good as none.
+    pub(crate) fn group(&mut self, group: GroupId) -> &mut Group {
+        self.groups.entry(group).or_default()
+    }
+
+    /// A client's first packet. A begun handshake belongs to its listener from here on.
+    pub(crate) fn syn(&mut self, group: GroupId, rng: &mut Rng) -> (u64, Choice) {
+        self.next_connection += 1;
+        let choice = self.choose(group, rng, false);
+        if let Choice::Named(listener) | Choice::Hashed(listener) = choice {
+            self.place(self.next_connection, listener, true);
+        }
+        (self.next_connection, choice)
+    }
+
+    /// The last packet of the handshake arrived.
+    pub(crate) fn finish(&mut self, connection: u64) {
+        if let Some(listener) = self.waiting.get(&connection).copied()
+            && let Some(socket) = self.sockets.get_mut(&listener)
+            && socket.half_open.remove(&connection)
+        {
+            socket.queue.push_back(connection);
+            self.woken.push(listener);
+        }
+    }
+
+    pub(crate) fn accept(&mut self, listener: ListenerId) -> Option<u64> {
+        let connection = self.sockets.get_mut(&listener)?.queue.pop_front()?;
+        self.waiting.remove(&connection);
+        Some(connection)
+    }
+
+    /// One holder closes its descriptor; with the last one the listener leaves its group.
+    pub(crate) fn close(&mut self, listener: ListenerId, holder: Holder, rng: &mut Rng) {
+        let Some(socket) = self.sockets.get_mut(&listener) else { return };
+        let held = socket.holders.remove(&holder);
+        if held && socket.holders.is_empty() {
+            self.leave(listener, holder == Holder::Master, rng);
+        }
+    }
+
+    /// The listener leaves its group, whoever still holds it.
+    pub(crate) fn shutdown(&mut self, listener: ListenerId, rng: &mut Rng) {
+        self.leave(listener, true, rng);
+    }
+
+    /// A process ended: all its descriptors are closed.
+    pub(crate) fn forget(&mut self, holder: Holder, rng: &mut Rng) {
+        let held: Vec<ListenerId> =
+            self.sockets.iter().filter(|(_, s)| s.holders.contains(&holder)).map(|(id, _)| *id).collect();
+        for listener in held {
+            self.close(listener, holder, rng);
+        }
+    }
+
+    /// `ebpf`: a socket has one key at most, and must listen.
+    pub(crate) fn admit(&mut self, listener: ListenerId, key: u32) -> Result<(), i32> {
+        let socket = self.sockets.get_mut(&listener).ok_or(EINVAL)?;
+        if socket.stage != Stage::Listening {
+            return Err(EINVAL);
+        }
+        let keys = &mut self.groups.entry(socket.group).or_default().keys;
+        if socket.key.is_some() || keys.contains_key(&key) {
+            return Err(EBUSY);
+        }
+        socket.key = Some(key);
+        keys.insert(key, listener);
+        Ok(())
+    }
+
+    pub(crate) fn evict(&mut self, group: GroupId, key: u32) {
+        if let Some(listener) = self.group(group).keys.remove(&key)
+            && let Some(socket) = self.sockets.get_mut(&listener)
+        {
+            socket.key = None;
+        }
+    }
+
+    /// The listeners a program names, in no particular order.
+    pub(crate) fn named(&self, group: GroupId) -> BTreeSet<ListenerId> {
+        let Some(group) = self.groups.get(&group) else { return BTreeSet::new() };
+        match &group.program {
+            Program::Hash => BTreeSet::new(),
+            Program::Ranges(ranges) => {
+                let within = |key: u32| ranges.iter().any(|r| (r.base..r.base + r.count).contains(&key));
+                group.keys.iter().filter(|(key, _)| within(**key)).map(|(_, id)| *id).collect()
+            }
+            Program::Slots(shares) => {
+                let slots = shares.iter().flat_map(|s| s.slots.iter());
+                slots.filter_map(|slot| group.slots.get(usize::from(*slot)).copied()).collect()
+            }
+        }
+    }
+
+    /// What sock_diag and the program's counters show.
+    pub(crate) fn observe(&self, group: GroupId) -> GroupView {
+        let empty = Group::default();
+        let seen = self.groups.get(&group).unwrap_or(&empty);
+        let known = |id: &ListenerId| self.sockets[id].known.then_some(*id);
+        let depth = |id: ListenerId| Depth {
+            queued: u32::try_from(self.sockets[&id].queue.len()).unwrap_or(u32::MAX),
+            backlog: 4096,
+            drops: None,
+        };
+        GroupView {
+            order: seen.slots.iter().map(known).collect(),
+            depths: seen.slots.iter().filter_map(known).map(|id| (id, depth(id))).collect(),
+            half_open: seen.slots.iter().flat_map(|id| self.sockets[id].half_open.iter().copied()).collect(),
+            migrated: matches!(seen.program, Program::Ranges(_)).then_some(seen.migrated),
+            migrate_failures: Some(self.failures),
+            migrates_by_hash: self.migrates_by_hash,
+        }
+    }
+
+    fn choose(&self, group: GroupId, rng: &mut Rng, migrating: bool) -> Choice {
+        let Some(group) = self.groups.get(&group) else { return Choice::Refused };
+        if group.slots.is_empty() {
+            return Choice::Refused;
+        }
+        let named = match &group.program {
+            Program::Hash => None,
+            Program::Ranges(ranges) if ranges.is_empty() && !migrating => return Choice::Refused,
+            Program::Ranges(ranges) => by_key(ranges, &group.keys, rng),
+            Program::Slots(shares) => by_slot(shares, &group.slots, rng),
+        };
+        named.map_or_else(|| Choice::Hashed(group.slots[rng.index(group.slots.len())]), Choice::Named)
+    }
+
+    fn place(&mut self, connection: u64, listener: ListenerId, half_open: bool) {
+        if let Some(socket) = self.sockets.get_mut(&listener) {
+            self.waiting.insert(connection, listener);
+            if half_open {
+                socket.half_open.insert(connection);
+            } else {
+                socket.queue.push_back(connection);
+                self.woken.push(listener);
+            }
+        }
+    }
+
+    /// Swap-remove, then the fate of what waited: migrated where the kernel does so, else reset.
+    fn leave(&mut self, listener: ListenerId, by_master: bool, rng: &mut Rng) {
+        let Some(socket) = self.sockets.get_mut(&listener) else { return };
+        let listened = socket.stage == Stage::Listening;
+        socket.stage = Stage::Gone;
+        let (id, key) = (socket.group, socket.key.take());
+        let half_open = std::mem::take(&mut socket.half_open).into_iter().map(|c| (c, true));
+        let orphans: Vec<(u64, bool)> = half_open.chain(socket.queue.drain(..).map(|c| (c, false))).collect();
+        let group = self.groups.entry(id).or_default();
+        if let Some(key) = key {
+            group.keys.remove(&key);
+        }
+        if listened {
+            group.slots.retain_swap(listener);
+            if !by_master {
+                self.left.insert(id);
+            }
+        }
+        let migrates = self.migrates_by_hash || matches!(group.program, Program::Ranges(_));
+        for (connection, half_open) in orphans {
+            self.migrate(id, connection, listener, half_open, migrates, rng);
+        }
+        let group = self.groups.entry(id).or_default();
+        if group.slots.is_empty() {
+            group.program = Program::Hash;
+        }
+    }
+
+    fn migrate(&mut self, group: GroupId, connection: u64, from: ListenerId, half_open: bool, migrates: bool, rng: &mut Rng) {
+        self.waiting.remove(&connection);
+        let choice = if migrates { self.choose(group, rng, true) } else { Choice::Refused };
+        match choice {
+            Choice::Named(listener) | Choice::Hashed(listener) => {
+                self.group(group).migrated += 1;
+                self.place(connection, listener, half_open);
+            }
+            Choice::Refused => {
+                self.failures += u64::from(migrates);
+                self.losses.push(Loss { connection, listener: from, half_open });
+            }
+        }
+    }
+}
+
+/// Weighted choice of a range, a place in it, then onwards over holes; the other ranges if the whole range is empty.
+fn by_key(ranges: &[Range], keys: &BTreeMap<u32, ListenerId>, rng: &mut Rng) -> Option<ListenerId> {
+    let first = weighted(ranges.iter().map(|r| r.weight), rng);
+    let (start, wheel) = (rng.next(), ranges.len());
+    (0..wheel).map(|turn| &ranges[(first + turn) % wheel]).find_map(|range| {
+        let count = u64::from(range.count);
+        (0..count).find_map(|step| {
+            let offset = u32::try_from((start % count + step) % count).unwrap_or(0);
+            keys.get(&(range.base + offset)).copied()
+        })
+    })
+}
+
+/// A number out of range names nobody.
+fn by_slot(shares: &[Share], slots: &[ListenerId], rng: &mut Rng) -> Option<ListenerId> {
+    let share = shares.get(weighted(shares.iter().map(|s| s.weight), rng))?;
+    let slot = share.slots.get(rng.index(share.slots.len()))?;
+    slots.get(usize::from(*slot)).copied()
+}
+
+fn weighted(weights: impl Iterator<Item = u16> + Clone, rng: &mut Rng) -> usize {
+    let mut left = rng.below(weights.clone().map(u64::from).sum());
+    for (index, weight) in weights.enumerate() {
+        if left < u64::from(weight) {
+            return index;
+        }
+        left -= u64::from(weight);
+    }
+    0
+}
+
+trait RetainSwap {
+    /// The last one moves into the hole, as in the kernel.
+    fn retain_swap(&mut self, gone: ListenerId);
+}
+
+impl RetainSwap for Vec<ListenerId> {
+    fn retain_swap(&mut self, gone: ListenerId) {
+        if let Some(hole) = self.iter().position(|id| *id == gone) {
+            self.swap_remove(hole);
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The judge. It watches every packet, event and command, and knows the promise but not how it is kept.
+
+use crate::kernel::{Choice, Holder, Kernel, Loss, Program, Stage};
+use crate::protocol::Protocol;
+use crate::workers::Worker;
+use reuseportd_core::{
+    Command, Engine, Event, Generation, GroupId, ListenerId, Plan, Report, Time, WorkerId,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+type Workers = BTreeMap<WorkerId, Worker>;
+
+/// What is known of one client's connection until somebody accepts it.
+#[derive(Clone, Copy, Debug)]
+struct Client {
+    since: u64,
+    /// Nothing was promised to it.
+    excused: bool,
+}
+
+pub(crate) struct Oracle {
+    engine: Engine,
+    pub(crate) protocol: Protocol,
+    clients: BTreeMap<u64, Client>,
+    /// The generation that new connections of a group go to, as the last program put in force there says.
+    steered: BTreeMap<GroupId, Option<Generation>>,
+    /// `cbpf`: slots moved and the master could not know yet.
+    disturbed: BTreeSet<GroupId>,
+    /// Losses the core has owned up to.
+    admitted: BTreeMap<ListenerId, u32>,
+    /// Handshakes it gave up waiting for, in the latest receipts.
+    pub(crate) tally: Tally,
+    deadline_handled: bool,
+}
+
+/// How often the interesting things happened; a simulation in which they don't proves nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) connections: u64,
+    pub(crate) accepted: u64,
+    pub(crate) excused: u64,
+    pub(crate) counted: u64,
+    pub(crate) strays: u64,
+}
+
+impl Oracle {
+    pub(crate) fn new(engine: Engine) -> Oracle {
+        Oracle {
+            engine,
+            protocol: Protocol::new(engine),
+            clients: BTreeMap::new(),
+            steered: BTreeMap::new(),
+            disturbed: BTreeSet::new(),
+            admitted: BTreeMap::new(),
+            tally: Tally::default(),
+            deadline_handled: false,
+        }
+    }
+
+    pub(crate) fn deadline_due(&mut self) {
+        self.deadline_handled = true;
+    }
+
+    pub(crate) fn event(&mut self, event: &Event, now: u64) {
+        self.protocol.event(event, now);
+    }
+
+    pub(crate) fn command(&mut self, command: &Command, now: u64, kernel: &Kernel, workers: &Workers) {
+        self.protocol.command(command, now, kernel, workers);
+    }
+
+    pub(crate) fn report(
+        &mut self,
+        report: &Report,
+        now: u64,
+        plans: &mut BTreeMap<Generation, Plan>,
+        latest: Option<&Plan>,
+    ) {
+        if let Report::Launching(generation, _) = report {
+            let Some(plan) = latest else { panic!("{generation:?} is launched, but nobody asked") };
+            plans.insert(*generation, plan.clone());
+        }
+        if let Report::LeftoversLost(listener, count) = report {
+            *self.admitted.entry(*listener).or_default() += count;
+        }
+        if let Report::Switched(generation) = report {
+            for group in &plans[generation].groups {
+                let to = self.steered.get(group).copied().flatten();
+                let is_there = self.engine == Engine::None || to == Some(*generation);
+                assert!(is_there, "switched to {generation:?}, but {group:?} is steered to {to:?}");
+            }
+        }
+        self.protocol.report(report, now, plans);
+    }
+
+    /// A listener left its group, and not by the master's hand.
+    pub(crate) fn left(&mut self, group: GroupId) {
+        if self.engine == Engine::Cbpf {
+            self.disturbed.insert(group);
+        }
+    }
+
+    /// A program was put in force.
+    pub(crate) fn steered(&mut self, group: GroupId, kernel: &Kernel, workers: &Workers) {
+        self.disturbed.remove(&group);
+        let named = kernel.named(group);
+        let mut generations = BTreeSet::new();
+        for listener in &named {
+            let Some(owner) = kernel.sockets[listener].owner else {
+                panic!("{group:?} is steered to a stranger, {listener:?}");
+            };
+            assert!(self.protocol.is_ready(owner), "{group:?} is steered to {owner:?}, which is not ready");
+            generations.insert(workers[&owner].generation);
+        }
+        assert!(generations.len() <= 1, "{group:?} is steered to several generations: {generations:?}");
+        // With nobody named, it stays clear whose the connections were.
+        let to = generations.first().copied();
+        if to.is_some() {
+            self.steered.insert(group, to);
+        }
+        if let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) {
+            let slots = shares.iter().map(|s| s.slots.len()).sum::<usize>();
+            assert_eq!(slots, named.len(), "{group:?}: a slot in {shares:?} is nobody's");
+        }
+    }
+
+    /// A SYN arrived, and the kernel chose.
+    pub(crate) fn chosen(
+        &mut self,
+        connection: u64,
+        group: GroupId,
+        choice: Choice,
+        now: u64,
+        kernel: &Kernel,
+        workers: &Workers,
+    ) {
+        self.tally.connections += 1;
+        let promised = self.engine != Engine::None && self.protocol.promises(group);
+        let (listener, hashed) = match choice {
+            Choice::Refused => {
+                assert!(!promised, "connection {connection} to {group:?} was refused");
+                return;
+            }
+            Choice::Named(listener) => (listener, false),
+            Choice::Hashed(listener) => (listener, true),
+        };
+        let mut excused = !promised;
+        if promised {
+            let socket = &kernel.sockets[&listener];
+            let wanted = self.steered.get(&group).copied().flatten();
+            let is_right = socket.owner.is_some_and(|owner| {
+                Some(workers[&owner].generation) == wanted && self.protocol.is_ready(owner)
+            });
+            if !is_right {
+                self.tally.strays += 1;
+                let may = self.may_stray(group, listener, hashed, kernel, workers);
+                assert!(may, "connection {connection} to {group:?} strayed to {listener:?} of {:?}", socket.owner);
+                excused = self.disturbed.contains(&group);
+            }
+        }
+        self.clients.insert(connection, Client { since: now, excused });
+    }
+
+    /// `cbpf` has two holes: slots that move before the master can know, and, while the only listener steered to moves,
+    /// the old listeners, which must still accept then.
+    fn may_stray(
+        &self,
+        group: GroupId,
+        listener: ListenerId,
+        hashed: bool,
+        kernel: &Kernel,
+        workers: &Workers,
+    ) -> bool {
+        if self.disturbed.contains(&group) {
+            return true;
+        }
+        let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else { return false };
+        let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
+        let owner = kernel.sockets[&listener].owner.map(|owner| &workers[&owner]);
+        hashed && slots <= 1 && owner.is_some_and(|worker| worker.runs)
+    }
+
+    pub(crate) fn accepted(&mut self, connection: u64) {
+        self.tally.accepted += 1;
+        self.clients.remove(&connection);
+    }
+
+    /// A connection was reset that nobody had accepted.
+    pub(crate) fn lost(&mut self, loss: Loss, now: u64, kernel: &Kernel, workers: &Workers) {
+        let Some(client) = self.clients.remove(&loss.connection) else { return };
+        let socket = &kernel.sockets[&loss.listener];
+        if client.excused || self.protocol.is_stopping() || self.engine == Engine::None {
+            self.tally.excused += 1;
+            return;
+        }
+        // What a handshake may take after the switch is bounded, where the kernel does not move it.
+        let age = Duration::from_nanos(now - client.since);
+        if loss.half_open && self.engine == Engine::Cbpf && age >= self.protocol.settle_min() {
+            self.tally.excused += 1;
+            return;
+        }
+        let owner = socket.owner.map(|owner| &workers[&owner]);
+        if self.engine == Engine::Cbpf
+            && owner.is_some_and(|worker| !worker.temper.handover && !worker.runs)
+            && let Some(count) = self.admitted.get_mut(&loss.listener)
+            && *count > 0
+        {
+            *count -= 1;
+            self.tally.counted += 1;
+            return;
+        }
+        panic!("connection {loss:?} of {:?} was lost: {client:?}, age {age:?}", socket.owner);
+    }
+
+    /// After an event and all that followed from it.
+    pub(crate) fn settled(&mut self, now: u64, due: Option<Time>, kernel: &Kernel, workers: &Workers) {
+        if std::mem::take(&mut self.deadline_handled) {
+            assert!(due.is_none_or(|due| due.0 > now), "the deadline was handled and is still due");
+        }
+        if self.engine != Engine::None && !self.protocol.is_stopping() {
+            for group in kernel.groups.keys().filter(|group| self.protocol.promises(**group)) {
+                self.judge_named(*group, kernel, workers);
+            }
+        }
+    }
+
+    /// Nobody is steered to a worker known to be gone, as long as somebody else serves.
+    fn judge_named(&self, group: GroupId, kernel: &Kernel, workers: &Workers) {
+        if self.disturbed.contains(&group) || self.protocol.steer_failed(group) {
+            return;
+        }
+        let named = kernel.named(group);
+        let dead = |l: &ListenerId| kernel.sockets[l].owner.is_some_and(|owner| self.protocol.has_exited(owner));
+        let wanted = self.steered.get(&group).copied().flatten();
+        let serves = kernel.sockets.values().any(|socket| {
+            socket.group == group
+                && socket.stage == Stage::Listening
+                && socket.owner.is_some_and(|owner| {
+                    Some(workers[&owner].generation) == wanted && self.protocol.is_serving(owner)
+                })
+        });
+        let gone: Vec<&ListenerId> = named.iter().filter(|l| dead(l)).collect();
+        assert!(gone.is_empty() || !serves, "{group:?} is steered to listeners of ended workers: {gone:?}");
+    }
+
+    /// At rest: every handle that is not needed was dropped.
+    pub(crate) fn judge_rest(&self, kernel: &Kernel, workers: &Workers) {
+        let active = self.protocol.active();
+        let mut anchors: BTreeMap<GroupId, u32> = BTreeMap::new();
+        for (listener, socket) in &kernel.sockets {
+            let held = socket.holders.contains(&Holder::Master);
+            let owner = socket.owner.map(|owner| (&workers[&owner], owner));
+            let serves = owner.is_some_and(|(worker, id)| {
+                worker.runs && Some(worker.generation) == active && self.protocol.is_ready(id)
+            });
+            assert!(!held || serves, "a handle of {listener:?} is left, of {owner:?}");
+            let per_group = self.engine == Engine::Ebpf && owner.is_some_and(|(worker, _)| !worker.temper.handover);
+            let count = anchors.entry(socket.group).or_default();
+            *count += u32::from(held && per_group);
+            assert!(*count <= 1, "several anchors in {:?}", socket.group);
+        }
+    }
+
+    /// Nobody may be waiting at the end.
+    pub(crate) fn judge_end(&self, kernel: &Kernel) {
+        for (connection, listener) in &kernel.waiting {
+            let excused = self.clients.get(connection).is_none_or(|client| client.excused);
+            let socket = &kernel.sockets[listener];
+            assert!(excused, "connection {connection} waits for ever in {listener:?}: {socket:?}");
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Everybody outside the service: clients that connect all the time, the operator, and strangers on the same port.
+
+use crate::kernel::{Choice, Holder};
+use crate::world::{Happening, MS, World};
+use reuseportd_core::{Breaker, Event, GroupId, Plan, Readiness, StopMode, StopWhen, Ticket, Trigger, Wait};
+use std::time::Duration;
+
+impl World {
+    pub(crate) fn next_client(&mut self) {
+        let burst = if self.rng.permille(20) { self.rng.between(5, 30) } else { 1 };
+        for _ in 0..burst {
+            self.connect();
+        }
+        if self.clients {
+            let pause = self.rng.below(2 * self.pace);
+            self.later(pause, Happening::Client);
+        }
+    }
+
+    /// One SYN; if it is answered, the handshake ends a little later, and sometimes much later.
+    pub(crate) fn connect(&mut self) {
+        let group = GroupId(u16::try_from(self.rng.below(u64::from(self.groups))).unwrap_or(0));
+        let (connection, choice) = self.kernel.syn(group, &mut self.rng);
+        self.trace(format_args!("      syn {connection} {group:?} {choice:?}"));
+        self.oracle.chosen(connection, group, choice, self.now, &self.kernel, &self.workers);
+        if choice == Choice::Refused {
+            return;
+        }
+        let takes = match self.rng.below(1000) {
+            0..=4 => self.rng.between(1, 4000) * MS,
+            5..=100 => self.rng.between(1, 190) * MS,
+            _ => self.rng.below(20 * MS),
+        };
+        self.later(takes, Happening::Handshake(connection));
+    }
+
+    /// A plan of small numbers, so that everything happens within seconds.
+    pub(crate) fn draw_plan(&mut self) -> Plan {
+        let rng = &mut self.rng;
+        let mut groups: Vec<GroupId> = (0..self.groups).map(GroupId).collect();
+        if groups.len() > 1 && rng.permille(300) {
+            groups.remove(rng.index(groups.len()));
+        }
+        let millis = |low, high, rng: &mut crate::rng::Rng| Duration::from_millis(rng.between(low, high));
+        Plan {
+            workers: u16::try_from(rng.between(1, 4)).unwrap_or(1),
+            groups,
+            readiness: if rng.permille(500) { Readiness::Notify } else { Readiness::Listen },
+            ready_timeout: millis(500, 3000, rng),
+            settle_timeout: millis(200, 1000, rng),
+            stop_when: [StopWhen::Auto, StopWhen::Drained, StopWhen::Idle][rng.index(3)],
+            idle_timeout: millis(50, 1000, rng),
+            drain_timeout: millis(2000, 5000, rng),
+            max_draining: u16::try_from(rng.between(1, 3)).unwrap_or(1),
+            backoff: millis(50, 200, rng),
+            backoff_max: millis(400, 2000, rng),
+            stable_after: millis(1000, 3000, rng),
+            breaker: Breaker {
+                exits: u16::try_from(rng.between(3, 10)).unwrap_or(3),
+                window: Duration::from_secs(5),
+                cooldown: Duration::from_secs(3),
+            },
+        }
+    }
+
+    /// A ticket for a client that waits.
+    pub(crate) fn ticket(&mut self) -> Ticket {
+        self.tickets += 1;
+        Ticket(self.tickets)
+    }
+
+    /// Launches what the dice say, good or bad.
+    pub(crate) fn upgrade(&mut self, trigger: Trigger) {
+        let plan = self.draw_plan();
+        self.bad = [0, 0, 100, 400, 1000][self.rng.index(5)];
+        self.handover = [0, 0, 1000, 1000, 500][self.rng.index(5)];
+        let by = (trigger == Trigger::Command)
+            .then(|| (self.ticket(), if self.rng.permille(500) { Wait::Retired } else { Wait::Drained }));
+        self.plan = Some(plan.clone());
+        self.tell(Event::Upgrade { plan, trigger, by });
+    }
+
+    pub(crate) fn next_operation(&mut self) {
+        if !self.faults {
+            return;
+        }
+        match self.rng.below(40) {
+            0 => self.stop(StopMode::Graceful),
+            1 => self.stop(StopMode::Fast),
+            2..=19 => self.upgrade(Trigger::Signal),
+            _ => self.upgrade(Trigger::Command),
+        }
+        // Several at once, in the middle of another, or with time between.
+        let pause = [0, 20, 500, 3000, 6000][self.rng.index(5)] * MS;
+        let pause = self.rng.below(pause + 1);
+        self.later(pause, Happening::Operator);
+    }
+
+    pub(crate) fn stop(&mut self, mode: StopMode) {
+        let by = self.rng.permille(500).then(|| self.ticket());
+        self.tell(Event::Stop { mode, by });
+    }
+
+    pub(crate) fn next_stranger(&mut self) {
+        if let Some(listener) = self.strangers.pop() {
+            self.kernel.close(listener, Holder::Stranger, &mut self.rng);
+        } else if self.faults {
+            let group = GroupId(u16::try_from(self.rng.below(u64::from(self.groups))).unwrap_or(0));
+            let listener = self.kernel.bind(group, None, Holder::Stranger);
+            if self.kernel.listen(listener).is_ok() {
+                self.strangers.push(listener);
+            }
+        }
+        if self.faults {
+            let pause = self.rng.between(100, 8000) * MS;
+            self.later(pause, Happening::Stranger);
+        }
+    }
+}

@@ -1,0 +1,485 @@
+//! Workers of every temper: what they do by themselves, and how they answer what is asked of them.
+
+use crate::kernel::{Holder, Stage};
+use crate::rng::Rng;
+use crate::world::{Happening, MS, World};
+use reuseportd_core::{Event, Exit, Found, Generation, GroupId, ListenerId, Problem, Readiness, Seat, WorkerId};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+/// What a worker does of its own accord.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Act {
+    Bind,
+    Listen(ListenerId),
+    Announce,
+    Extend,
+    Crash,
+    CloseUnasked,
+    Take(ListenerId),
+    ChildEnds,
+    Exit,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wrong {
+    Missing,
+    Address,
+    NoReuseport,
+}
+
+/// How it takes being told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StopHow {
+    /// Handover: accepts until nothing waits, then closes. Unmodified: closes at once. Then finishes what is open.
+    Orderly,
+    AtOnce,
+    /// Closes and says so without accepting first.
+    Hasty,
+    Ignores,
+    /// Like orderly, but never exits.
+    Hangs,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Temper {
+    pub(crate) handover: bool,
+    /// Until it binds.
+    start: u64,
+    /// How many times it says that it is ready.
+    announces: u8,
+    wrong: Option<Wrong>,
+    crash: Option<u64>,
+    closes: Option<u64>,
+    stop: StopHow,
+    /// It forks a child that inherits its listeners; `true`: one that TERM does not impress.
+    child: Option<bool>,
+    /// Pause before each accept, at most.
+    accept: u64,
+    takes: bool,
+    /// Sockets per address of an unmodified worker.
+    sockets: u8,
+}
+
+impl Temper {
+    /// Some temper; a bad one so many times in a thousand.
+    pub(crate) fn draw(rng: &mut Rng, handover: bool, bad: u64, accept: u64) -> Temper {
+        let mut temper = Temper {
+            handover,
+            start: rng.between(1, 60) * MS,
+            announces: 1,
+            wrong: None,
+            crash: None,
+            closes: None,
+            stop: StopHow::Orderly,
+            child: rng.permille(100).then_some(false),
+            accept,
+            takes: true,
+            sockets: if !handover && rng.permille(100) { 2 } else { 1 },
+        };
+        if rng.permille(bad) {
+            match rng.below(10) {
+                0 => temper.announces = 0,
+                1 => temper.announces = 2,
+                2 => temper.wrong = Some([Wrong::Missing, Wrong::Address, Wrong::NoReuseport][rng.index(3)]),
+                3 => temper.crash = Some(rng.between(1, 100) * MS),
+                4 => temper.crash = Some(rng.between(1, 8000) * MS),
+                5 => temper.closes = Some(rng.between(1, 4000) * MS),
+                6 => temper.stop = [StopHow::AtOnce, StopHow::Hasty][rng.index(2)],
+                7 => temper.stop = [StopHow::Ignores, StopHow::Hangs][rng.index(2)],
+                8 => temper.child = Some(true),
+                _ => {
+                    temper.takes = false;
+                    temper.start = rng.between(100, 6000) * MS;
+                }
+            }
+        }
+        temper
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) generation: Generation,
+    pub(crate) seat: Seat,
+    pub(crate) temper: Temper,
+    readiness: Readiness,
+    groups: Vec<GroupId>,
+    /// Its first process lives.
+    pub(crate) runs: bool,
+    /// Another process of its group lives.
+    pub(crate) child: bool,
+    pub(crate) reaped: bool,
+    pub(crate) serves: bool,
+    /// Told to stop.
+    stops: bool,
+    drained: bool,
+    /// It closed its listeners although nobody asked.
+    pub(crate) deserted: bool,
+    sockets: Vec<ListenerId>,
+    pub(crate) open: BTreeSet<u64>,
+    accept_planned: bool,
+    /// When its last message arrives: the channel keeps the order.
+    said: u64,
+}
+
+impl World {
+    pub(crate) fn start_worker(&mut self, id: WorkerId, generation: Generation, seat: Seat, temper: Temper) {
+        let plan = &self.plans[&generation];
+        let worker = Worker {
+            generation,
+            seat,
+            temper,
+            readiness: plan.readiness,
+            groups: plan.groups.clone(),
+            runs: true,
+            child: false,
+            reaped: false,
+            serves: false,
+            stops: false,
+            drained: false,
+            deserted: false,
+            sockets: Vec::new(),
+            open: BTreeSet::new(),
+            accept_planned: false,
+            said: 0,
+        };
+        self.workers.insert(id, worker);
+        self.later(temper.start, Happening::Act(id, Act::Bind));
+        for (when, act) in [(temper.crash, Act::Crash), (temper.closes, Act::CloseUnasked)] {
+            if let Some(delay) = when {
+                self.later(delay, Happening::Act(id, act));
+            }
+        }
+    }
+
+    pub(crate) fn act(&mut self, id: WorkerId, act: Act) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        if !worker.runs && !matches!(act, Act::ChildEnds) {
+            return;
+        }
+        match act {
+            Act::Bind => self.bind_all(id),
+            Act::Listen(listener) => {
+                let _ = self.kernel.listen(listener);
+            }
+            Act::Announce => self.announce(id),
+            Act::Extend => self.say(id, Event::Extended { worker: id, by: Duration::from_millis(500) }),
+            Act::Crash if self.faults => {
+                let how = [Exit::Code(1), Exit::Code(0), Exit::Signal(9)][self.rng.index(3)];
+                self.end_leader(id, how);
+            }
+            Act::CloseUnasked if self.faults && !worker.stops => {
+                self.close_listeners(id);
+                if let Some(worker) = self.workers.get_mut(&id) {
+                    worker.deserted = true;
+                }
+            }
+            Act::Crash | Act::CloseUnasked => {}
+            Act::Take(listener) => self.take(id, listener),
+            Act::ChildEnds => self.end_child(id),
+            Act::Exit => self.end_leader(id, Exit::Code(0)),
+        }
+    }
+
+    fn bind_all(&mut self, id: WorkerId) {
+        let worker = &self.workers[&id];
+        let (temper, mut groups) = (worker.temper, worker.groups.clone());
+        match temper.wrong {
+            Some(Wrong::Missing) => {
+                groups.pop();
+            }
+            // Its sockets are where nobody looks.
+            Some(Wrong::Address | Wrong::NoReuseport) if !temper.handover => groups.clear(),
+            _ => {}
+        }
+        if temper.child.is_some() {
+            self.set(id, |w| w.child = true);
+        }
+        let copies = usize::from(temper.sockets);
+        let sockets = groups.into_iter().flat_map(|g| std::iter::repeat_n(g, copies)).collect::<Vec<_>>();
+        let mut last = 0;
+        for group in sockets {
+            let listener = self.bind_one(id, group);
+            if !temper.handover {
+                let delay = self.rng.below(20 * MS);
+                last = delay.max(last);
+                self.later(delay, Happening::Act(id, Act::Listen(listener)));
+            }
+        }
+        // READY=1 a little before it listens happens too.
+        let delay = if self.rng.permille(100) { 0 } else { last + self.rng.between(1, 10 * MS) };
+        if self.rng.permille(50) {
+            self.later(delay / 2, Happening::Act(id, Act::Extend));
+        }
+        for _ in 0..temper.announces {
+            self.later(delay, Happening::Act(id, Act::Announce));
+        }
+    }
+
+    fn bind_one(&mut self, id: WorkerId, group: GroupId) -> ListenerId {
+        let listener = self.kernel.bind(group, Some(id), Holder::Leader(id));
+        if self.workers[&id].child
+            && let Some(socket) = self.kernel.sockets.get_mut(&listener)
+        {
+            socket.holders.insert(Holder::Child(id));
+        }
+        self.set(id, |w| w.sockets.push(listener));
+        listener
+    }
+
+    fn announce(&mut self, id: WorkerId) {
+        let worker = &self.workers[&id];
+        if !worker.temper.handover {
+            if worker.readiness == Readiness::Notify {
+                self.say(id, Event::Notified { worker: id });
+            }
+            return;
+        }
+        // Said again, it brings new sockets: descriptors are never sent twice.
+        let again = worker.sockets.iter().any(|s| self.kernel.sockets[s].known);
+        let groups = worker.groups.clone();
+        if again {
+            let fresh = groups.into_iter().map(|group| (group, self.bind_one(id, group))).collect();
+            self.send_ready(id, fresh);
+        } else {
+            let all = worker.sockets.iter().map(|s| (self.kernel.sockets[s].group, *s)).collect();
+            self.send_ready(id, all);
+        }
+    }
+
+    fn send_ready(&mut self, id: WorkerId, listeners: Vec<(GroupId, ListenerId)>) {
+        for (_, listener) in &listeners {
+            if let Some(socket) = self.kernel.sockets.get_mut(listener) {
+                socket.holders.insert(Holder::Flight);
+                socket.known = true;
+            }
+        }
+        self.say(id, Event::Ready { worker: id, listeners });
+    }
+
+    /// A message to the master: it arrives a little later, and in order.
+    fn say(&mut self, id: WorkerId, event: Event) {
+        let at = (self.now + self.rng.below(3 * MS)).max(self.workers[&id].said);
+        self.set(id, |w| w.said = at);
+        self.at(at, Happening::Deliver(event));
+    }
+
+    /// Looking for an unmodified worker's listeners, as the shell does it.
+    pub(crate) fn find(&mut self, id: WorkerId) -> Found {
+        let Some(worker) = self.workers.get(&id) else { return Found::NotYet(Problem::Failed(3)) };
+        let first = worker.groups[0];
+        let bound = !worker.sockets.is_empty() || worker.temper.wrong.is_some();
+        match worker.temper.wrong {
+            _ if !worker.runs => return Found::NotYet(Problem::Failed(3)),
+            Some(Wrong::Address) if bound && !worker.temper.handover => {
+                return Found::NotYet(Problem::WrongAddress(first));
+            }
+            Some(Wrong::NoReuseport) if bound && !worker.temper.handover => {
+                return Found::Never(Problem::NoReuseport(first));
+            }
+            _ => {}
+        }
+        let mut found = Vec::new();
+        for group in &worker.groups {
+            let here = worker.sockets.iter().filter(|s| {
+                let socket = &self.kernel.sockets[s];
+                socket.group == *group && socket.stage == Stage::Listening && socket.is_owned()
+            });
+            let before = found.len();
+            found.extend(here.map(|s| (*group, *s)));
+            if found.len() == before {
+                return Found::NotYet(Problem::NotListening(*group));
+            }
+        }
+        for (_, listener) in &found {
+            if let Some(socket) = self.kernel.sockets.get_mut(listener) {
+                socket.holders.insert(Holder::Master);
+                socket.known = true;
+            }
+        }
+        Found::All(found)
+    }
+
+    /// `serve`, or the moment an unmodified worker listens: from here on it accepts.
+    pub(crate) fn serve(&mut self, id: WorkerId) {
+        self.set(id, |w| w.serves = true);
+        self.plan_accept(id);
+    }
+
+    /// Whoever accepts where something new waits wakes up.
+    pub(crate) fn wake(&mut self) {
+        for listener in std::mem::take(&mut self.kernel.woken) {
+            if let Some(owner) = self.kernel.sockets[&listener].owner {
+                self.plan_accept(owner);
+            } else if let Some(connection) = self.kernel.accept(listener) {
+                // Strangers serve too, in their way.
+                self.oracle.accepted(connection);
+            }
+        }
+    }
+
+    fn plan_accept(&mut self, id: WorkerId) {
+        let delay = self.rng.below(self.workers[&id].temper.accept + 1);
+        let worker = &self.workers[&id];
+        if worker.runs && !worker.accept_planned && (worker.serves || !worker.temper.handover) {
+            self.set(id, |w| w.accept_planned = true);
+            self.later(delay, Happening::Accept(id));
+        }
+    }
+
+    /// One turn of a worker's accept loop.
+    pub(crate) fn accept(&mut self, id: WorkerId) {
+        self.set(id, |w| w.accept_planned = false);
+        let Some(worker) = self.workers.get(&id) else { return };
+        if !worker.runs {
+            return;
+        }
+        let mine: Vec<ListenerId> = worker
+            .sockets
+            .iter()
+            .copied()
+            .filter(|s| self.kernel.sockets[s].holders.contains(&Holder::Leader(id)))
+            .collect();
+        for listener in mine {
+            if let Some(connection) = self.kernel.accept(listener) {
+                self.serve_connection(id, connection);
+                self.plan_accept(id);
+                return;
+            }
+        }
+        if worker.stops {
+            self.finish_stop(id);
+        }
+    }
+
+    fn serve_connection(&mut self, id: WorkerId, connection: u64) {
+        self.oracle.accepted(connection);
+        self.set(id, |w| {
+            w.open.insert(connection);
+        });
+        let long = self.rng.permille(20);
+        let lasts = self.rng.below(if long { 6000 * MS } else { 60 * MS });
+        self.later(lasts, Happening::Close(id, connection));
+    }
+
+    pub(crate) fn close_connection(&mut self, id: WorkerId, connection: u64) {
+        self.set(id, |w| {
+            w.open.remove(&connection);
+        });
+        self.leave_if_done(id);
+    }
+
+    fn take(&mut self, id: WorkerId, listener: ListenerId) {
+        let mut count = 0;
+        while let Some(connection) = self.kernel.accept(listener) {
+            self.serve_connection(id, connection);
+            count += 1;
+        }
+        self.kernel.close(listener, Holder::Taker(id), &mut self.rng);
+        self.say(id, Event::Taken { listener, count });
+    }
+
+    /// `stop` on the channel, or the stop signal.
+    pub(crate) fn told_to_stop(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if !worker.runs || worker.stops {
+            return;
+        }
+        worker.stops = worker.temper.stop != StopHow::Ignores;
+        let handover = worker.temper.handover;
+        match worker.temper.stop {
+            StopHow::Ignores => {}
+            StopHow::AtOnce => self.end_leader(id, Exit::Signal(15)),
+            StopHow::Orderly | StopHow::Hangs if handover => {
+                self.later(0, Happening::Accept(id));
+            }
+            StopHow::Orderly | StopHow::Hangs | StopHow::Hasty => self.finish_stop(id),
+        }
+    }
+
+    /// Nothing waits any more (or it does not care): the listeners are closed.
+    fn finish_stop(&mut self, id: WorkerId) {
+        let worker = &self.workers[&id];
+        if worker.drained {
+            return;
+        }
+        let handover = worker.temper.handover;
+        self.set(id, |w| w.drained = true);
+        self.close_listeners(id);
+        if handover {
+            self.say(id, Event::Drained { worker: id });
+        }
+        self.leave_if_done(id);
+    }
+
+    fn leave_if_done(&mut self, id: WorkerId) {
+        let worker = &self.workers[&id];
+        if worker.runs && worker.drained && worker.open.is_empty() && worker.temper.stop != StopHow::Hangs {
+            let delay = self.rng.below(5 * MS);
+            self.later(delay, Happening::Act(id, Act::Exit));
+        }
+    }
+
+    fn close_listeners(&mut self, id: WorkerId) {
+        for listener in self.workers[&id].sockets.clone() {
+            self.kernel.close(listener, Holder::Leader(id), &mut self.rng);
+            self.kernel.close(listener, Holder::Child(id), &mut self.rng);
+        }
+    }
+
+    pub(crate) fn end_leader(&mut self, id: WorkerId, how: Exit) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if !worker.runs {
+            return;
+        }
+        worker.runs = false;
+        worker.open.clear();
+        self.kernel.forget(Holder::Leader(id), &mut self.rng);
+        self.kernel.forget(Holder::Taker(id), &mut self.rng);
+        let delay = self.rng.below(3 * MS);
+        self.later(delay, Happening::Ended(id, how));
+    }
+
+    pub(crate) fn end_child(&mut self, id: WorkerId) {
+        self.set(id, |w| w.child = false);
+        self.kernel.forget(Holder::Child(id), &mut self.rng);
+    }
+
+    /// TERM to the process group.
+    pub(crate) fn terminate_group(&mut self, id: WorkerId) {
+        self.told_to_stop(id);
+        let worker = &self.workers[&id];
+        if worker.child && worker.temper.child == Some(false) {
+            let delay = self.rng.below(30 * MS);
+            self.later(delay, Happening::Act(id, Act::ChildEnds));
+        }
+    }
+
+    /// KILL to the process group.
+    pub(crate) fn kill_group(&mut self, id: WorkerId) {
+        self.end_child(id);
+        self.end_leader(id, Exit::Signal(9));
+    }
+
+    pub(crate) fn set(&mut self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            change(worker);
+        }
+    }
+
+    /// `take` arrives at a worker.
+    pub(crate) fn told_to_take(&mut self, id: WorkerId, listener: ListenerId) {
+        let worker = &self.workers[&id];
+        if !worker.runs {
+            return;
+        }
+        if let Some(socket) = self.kernel.sockets.get_mut(&listener) {
+            socket.holders.insert(Holder::Taker(id));
+        }
+        if worker.temper.takes {
+            let delay = self.rng.below(10 * MS);
+            self.later(delay, Happening::Act(id, Act::Take(listener)));
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! The simulated world: one clock, one agenda, and the shell that carries out what the core asks for.
+
+use crate::kernel::{Holder, Kernel, Program, Stage};
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::workers::{Act, Temper, Worker};
+use reuseportd_core::{
+    Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time, WorkerId,
+};
+use std::collections::{BTreeMap, VecDeque};
+
+/// A millisecond in nanoseconds.
+pub(crate) const MS: u64 = 1_000_000;
+
+/// What will happen at some point.
+#[derive(Clone, Debug)]
+pub(crate) enum Happening {
+    /// A client connects, and the next one is planned.
+    Client,
+    /// The last packet of a handshake.
+    Handshake(u64),
+    /// One turn of a worker's accept loop.
+    Accept(WorkerId),
+    /// A connection ends.
+    Close(WorkerId, u64),
+    Act(WorkerId, Act),
+    /// A message reaches the master.
+    Deliver(Event),
+    /// The master sees that a worker's first process ended.
+    Ended(WorkerId, Exit),
+    /// Somebody asks the master for something.
+    Operator,
+    /// A process of somebody else binds the port, or leaves it.
+    Stranger,
+}
+
+pub(crate) struct World {
+    pub(crate) now: u64,
+    pub(crate) rng: Rng,
+    pub(crate) kernel: Kernel,
+    pub(crate) workers: BTreeMap<WorkerId, Worker>,
+    pub(crate) oracle: Oracle,
+    pub(crate) master: Master,
+    pub(crate) engine: Engine,
+    /// What each generation was launched from.
+    pub(crate) plans: BTreeMap<Generation, Plan>,
+    /// The latest wish.
+    pub(crate) plan: Option<Plan>,
+    /// Things go wrong.
+    pub(crate) faults: bool,
+    /// How many workers of the next launch are bad, per thousand.
+    pub(crate) bad: u64,
+    /// Of the next launch, per thousand.
+    pub(crate) handover: u64,
+    /// The slowest pause before an accept.
+    pub(crate) accept: u64,
+    /// Mean time between clients.
+    pub(crate) pace: u64,
+    pub(crate) clients: bool,
+    pub(crate) groups: u16,
+    pub(crate) strangers: Vec<ListenerId>,
+    pub(crate) tickets: u32,
+    pub(crate) verbose: bool,
+    /// The master is not scheduled before.
+    stalled: u64,
+    agenda: BTreeMap<(u64, u64), Happening>,
+    sequence: u64,
+    inbox: VecDeque<Event>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, engine: Engine, verbose: bool) -> World {
+        let mut rng = Rng::new(seed);
+        let kernel = Kernel { migrates_by_hash: rng.permille(200), ..Kernel::default() };
+        World {
+            now: rng.between(1, 1_000_000) * MS,
+            rng,
+            kernel,
+            workers: BTreeMap::new(),
+            oracle: Oracle::new(engine),
+            master: Master::new(engine),
+            engine,
+            plans: BTreeMap::new(),
+            plan: None,
+            faults: true,
+            bad: 0,
+            handover: 0,
+            accept: MS,
+            pace: 10 * MS,
+            clients: true,
+            groups: 1,
+            strangers: Vec::new(),
+            tickets: 0,
+            verbose,
+            stalled: 0,
+            agenda: BTreeMap::new(),
+            sequence: 0,
+            inbox: VecDeque::new(),
+        }
+    }
+
+    pub(crate) fn at(&mut self, time: u64, happening: Happening) {
+        self.sequence += 1;
+        self.agenda.insert((time.max(self.now), self.sequence), happening);
+    }
+
+    pub(crate) fn later(&mut self, delay: u64, happening: Happening) {
+        self.at(self.now + delay, happening);
+    }
+
+    pub(crate) fn trace(&self, what: std::fmt::Arguments<'_>) {
+        if self.verbose {
+            eprintln!("{:>14.6} {what}", self.now as f64 / 1e9);
+        }
+    }
+
+    /// The next thing, whichever it is; `false` when nothing will ever happen again.
+    pub(crate) fn step(&mut self) -> bool {
+        let due = self.master.next_deadline().map(|due| due.0.max(self.stalled).max(self.now));
+        let next = self.agenda.first_key_value().map(|(key, _)| *key);
+        match (due, next) {
+            (None, None) => return false,
+            (Some(due), next) if next.is_none_or(|(time, _)| due <= time) => {
+                self.now = due;
+                self.oracle.deadline_due();
+                self.tell(Event::Deadline);
+                // Sometimes the master gets to run late, and then everything that waited comes at once.
+                if self.faults && self.rng.permille(5) {
+                    self.stalled = self.now + self.rng.between(10, 3000) * MS;
+                }
+            }
+            (_, Some(key)) => {
+                self.now = key.0;
+                let Some(happening) = self.agenda.remove(&key) else { return false };
+                self.happen(happening);
+            }
+            (Some(_), None) => {}
+        }
+        self.settle_accounts();
+        true
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        if self.now < self.stalled && matches!(happening, Happening::Deliver(_) | Happening::Ended(..) | Happening::Operator) {
+            self.at(self.stalled, happening);
+            return;
+        }
+        match happening {
+            Happening::Client => self.next_client(),
+            Happening::Handshake(connection) => self.kernel.finish(connection),
+            Happening::Accept(worker) => self.accept(worker),
+            Happening::Close(worker, connection) => self.close_connection(worker, connection),
+            Happening::Act(worker, act) => {
+                self.trace(format_args!("  {worker:?} {act:?}"));
+                self.act(worker, act);
+            }
+            Happening::Deliver(event) => self.deliver(event),
+            Happening::Ended(worker, how) => {
+                let remains = self.workers[&worker].child;
+                self.tell(Event::Exited { worker, how, remains });
+            }
+            Happening::Operator => self.next_operation(),
+            Happening::Stranger => self.next_stranger(),
+        }
+    }
+
+    /// A message of a worker that was reaped meanwhile is lost with its channel.
+    fn deliver(&mut self, event: Event) {
+        if let Event::Ready { worker, listeners } = &event {
+            let lost = self.workers[worker].reaped;
+            for (_, listener) in listeners {
+                if !lost && let Some(socket) = self.kernel.sockets.get_mut(listener) {
+                    socket.holders.insert(Holder::Master);
+                }
+                self.kernel.close(*listener, Holder::Flight, &mut self.rng);
+            }
+        }
+        let from = match &event {
+            Event::Ready { worker, .. }
+            | Event::Notified { worker }
+            | Event::Extended { worker, .. }
+            | Event::Drained { worker } => Some(*worker),
+            _ => None,
+        };
+        if from.is_none_or(|worker| !self.workers[&worker].reaped) {
+            self.tell(event);
+        }
+    }
+
+    /// Hands the core an event and carries out all that follows, as the shell does.
+    pub(crate) fn tell(&mut self, event: Event) {
+        self.inbox.push_back(event);
+        while let Some(event) = self.inbox.pop_front() {
+            self.trace(format_args!("{event:?}"));
+            self.oracle.event(&event, self.now);
+            self.master.handle(event, Time(self.now));
+            self.master.check();
+            while let Some(command) = self.master.next_command() {
+                self.trace(format_args!("    -> {command:?}"));
+                self.oracle.command(&command, self.now, &self.kernel, &self.workers);
+                self.perform(command);
+                self.settle_accounts();
+                // The kernel does not wait for the master: packets arrive between any two commands.
+                if self.clients && self.rng.permille(200) {
+                    self.connect();
+                    self.settle_accounts();
+                }
+            }
+        }
+        self.oracle.settled(self.now, self.master.next_deadline(), &self.kernel, &self.workers);
+    }
+
+    /// Losses are judged as soon as they happen, and whoever was woken wakes.
+    fn settle_accounts(&mut self) {
+        self.wake();
+        for group in std::mem::take(&mut self.kernel.left) {
+            self.oracle.left(group);
+        }
+        for loss in std::mem::take(&mut self.kernel.losses) {
+            self.oracle.lost(loss, self.now, &self.kernel, &self.workers);
+        }
+    }
+
+    fn answer(&mut self, event: Event) {
+        self.inbox.push_back(event);
+    }
+
+    /// A fault so many times in a thousand, as an errno.
+    fn fault(&mut self, permille: u64) -> Result<(), i32> {
+        if self.faults && self.rng.permille(permille) { Err(12) } else { Ok(()) }
+    }
+
+    fn perform(&mut self, command: Command) {
+        match command {
+            Command::Spawn { worker, generation, seat } => {
+                let bad = if self.faults { self.bad } else { 0 };
+                let handover = self.rng.permille(self.handover);
+                let temper = Temper::draw(&mut self.rng, handover, bad, self.accept);
+                match self.fault(bad / 20) {
+                    Ok(()) => {
+                        self.start_worker(worker, generation, seat, temper);
+                        self.answer(Event::Spawned { worker });
+                    }
+                    Err(errno) => self.answer(Event::SpawnFailed { worker, errno }),
+                }
+            }
+            Command::Signal { worker, signal } => match signal {
+                Signal::Stop => self.told_to_stop(worker),
+                Signal::TerminateGroup => self.terminate_group(worker),
+                Signal::KillGroup => self.kill_group(worker),
+            },
+            Command::Reap { worker } => self.set(worker, |w| w.reaped = true),
+            Command::Tell { worker, order } => match order {
+                Order::Serve => self.serve(worker),
+                Order::Stop => self.told_to_stop(worker),
+                Order::Take(listener) => self.told_to_take(worker, listener),
+            },
+            Command::CheckRemains { worker } => {
+                let left = self.workers[&worker].child;
+                self.answer(Event::Remains { worker, left });
+            }
+            Command::Count { workers } => {
+                let open = |w: &WorkerId| u32::try_from(self.workers[w].open.len()).unwrap_or(u32::MAX);
+                let connections = workers.iter().map(|w| (*w, open(w))).collect();
+                self.answer(Event::Counted { connections });
+            }
+            Command::Find { .. }
+            | Command::Listen { .. }
+            | Command::Admit { .. }
+            | Command::Evict { .. }
+            | Command::Steer { .. }
+            | Command::Attach { .. }
+            | Command::Anchor { .. }
+            | Command::Owns { .. }
+            | Command::Release { .. }
+            | Command::Observe { .. } => self.perform_on_sockets(command),
+            Command::Report(report) => self.oracle.report(&report, self.now, &mut self.plans, self.plan.as_ref()),
+            Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
+        }
+    }
+
+    fn perform_on_sockets(&mut self, command: Command) {
+        match command {
+            Command::Find { worker } => {
+                let found = self.find(worker);
+                self.answer(Event::Found { worker, found });
+            }
+            Command::Listen { listener } => {
+                let result = self.fault(10).and_then(|()| self.kernel.listen(listener));
+                self.answer(Event::Listening { listener, result });
+            }
+            Command::Admit { listener, key } => {
+                let result = self.fault(10).and_then(|()| self.kernel.admit(listener, key));
+                self.answer(Event::Admitted { listener, result });
+            }
+            Command::Evict { group, key } => self.kernel.evict(group, key),
+            Command::Steer { group, ranges } => self.put_in_force(group, Program::Ranges(ranges)),
+            Command::Attach { group, shares } => self.put_in_force(group, Program::Slots(shares)),
+            Command::Anchor { listener } => {
+                let result = self.fault(20).and_then(|()| self.anchor(listener));
+                self.answer(Event::Anchored { listener, result });
+            }
+            Command::Owns { listener } => {
+                let owned = self.kernel.sockets[&listener].is_owned();
+                self.answer(Event::Owned { listener, owned });
+            }
+            Command::Release { listener, shutdown } => {
+                if shutdown {
+                    self.kernel.shutdown(listener, &mut self.rng);
+                }
+                self.kernel.close(listener, Holder::Master, &mut self.rng);
+            }
+            Command::Observe { group } => {
+                let view = self.kernel.observe(group);
+                self.answer(Event::Observed { group, view });
+            }
+            _ => {}
+        }
+    }
+
+    fn put_in_force(&mut self, group: GroupId, program: Program) {
+        let mut result = self.fault(20);
+        // A program is attached through a member of the group.
+        if self.kernel.group(group).slots.is_empty() {
+            result = Err(2);
+        }
+        if result.is_ok() {
+            self.kernel.group(group).program = program;
+            self.oracle.steered(group, &self.kernel, &self.workers);
+        }
+        self.answer(Event::Steered { group, result });
+    }
+
+    fn anchor(&mut self, listener: ListenerId) -> Result<(), i32> {
+        let Some(socket) = self.kernel.sockets.get_mut(&listener) else { return Err(9) };
+        if socket.stage == Stage::Gone || !socket.is_owned() {
+            return Err(9);
+        }
+        socket.holders.insert(Holder::Master);
+        Ok(())
+    }
+}

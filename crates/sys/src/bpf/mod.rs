@@ -1,0 +1,11 @@
+//! The `ebpf` engine: `bpf(2)` without a loader, an assembler without a compiler.
+//!
+//! [`steering::EbpfGroup`] is what the rest of the project uses; the other modules are its parts.
+
+pub mod asm;
+pub mod program;
+mod raw;
+pub mod steering;
+
+pub use raw::BpfError;
+pub use steering::{COUNTER_SLOTS, Counters, EbpfGroup, PLAN_RECORDS, Plan, Probe, RANGES_MAX, Range};

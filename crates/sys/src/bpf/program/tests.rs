@@ -1,0 +1,287 @@
+//! The very instructions that are loaded, run by an interpreter with the kernel's helpers and maps played here.
+//!
+//! The interpreter knows no atomic add, so that one instruction becomes a call; everything else is untouched.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use super::*;
+use crate::bpf::asm::ATOMIC_ADD;
+use crate::bpf::steering::{Plan, Probe, Range, encode_plan, encode_probe};
+
+const MAPS: Maps = Maps { sockets: 1, plans: 2, control: 3, counters: 4, probes: 5 };
+const HELPER_ATOMIC_ADD: u32 = 1000;
+
+/// The kernel as the program sees it: records per map, listeners, and what the program did.
+#[derive(Default)]
+struct World {
+    records: [Vec<Vec<u8>>; 6],
+    listeners: BTreeSet<u32>,
+    tried: Vec<u32>,
+    random: u32,
+    net_header: Vec<u8>,
+}
+
+thread_local! {
+    static WORLD: RefCell<World> = RefCell::default();
+}
+
+fn key_at(address: u64) -> u32 {
+    // SAFETY: the program passes the address of an initialised word on its stack.
+    unsafe { (address as *const u32).read_unaligned() }
+}
+
+fn map_lookup(map: u64, key: u64, _: u64, _: u64, _: u64) -> u64 {
+    WORLD.with_borrow(|world| {
+        let record = world.records[usize::try_from(map).unwrap()].get(key_at(key) as usize);
+        record.map_or(0, |record| record.as_ptr() as u64)
+    })
+}
+
+fn random(_: u64, _: u64, _: u64, _: u64, _: u64) -> u64 {
+    WORLD.with_borrow(|world| u64::from(world.random))
+}
+
+fn select_socket(_: u64, _: u64, key: u64, _: u64, _: u64) -> u64 {
+    WORLD.with_borrow_mut(|world| {
+        let key = key_at(key);
+        world.tried.push(key);
+        if world.listeners.contains(&key) { 0 } else { 2_i64.wrapping_neg().cast_unsigned() }
+    })
+}
+
+fn load_bytes(_: u64, offset: u64, to: u64, length: u64, _: u64) -> u64 {
+    WORLD.with_borrow(|world| {
+        let at = usize::try_from(offset).unwrap();
+        let length = usize::try_from(length).unwrap();
+        let Some(bytes) = world.net_header.get(at..at + length) else { return u64::MAX };
+        // SAFETY: the program passes the address and length of a buffer on its stack.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, length) };
+        0
+    })
+}
+
+fn atomic_add(address: u64, _: u64, _: u64, _: u64, _: u64) -> u64 {
+    let counter = address as *mut u64;
+    // SAFETY: the program passes the address of a counter in a record that this test owns.
+    unsafe { counter.write_unaligned(counter.read_unaligned() + 1) };
+    0
+}
+
+/// One packet (or migration) as the context describes it.
+struct Packet {
+    hash: u32,
+    is_migration: bool,
+    ipv6: bool,
+    tcp_header: Vec<u8>,
+}
+
+impl Packet {
+    fn new(hash: u32, is_migration: bool) -> Packet {
+        Packet { hash, is_migration, ipv6: false, tcp_header: vec![0; 20] }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome {
+    verdict: u64,
+    tried: Vec<u32>,
+    /// Counter record and word that went up.
+    counted: Vec<(u32, u32)>,
+}
+
+fn instructions() -> Vec<u8> {
+    let mut insns = build(&MAPS).unwrap();
+    let adds: Vec<usize> = (0..insns.len()).filter(|&at| insns[at].code == ATOMIC_ADD).collect();
+    assert_eq!(adds.len(), 1, "one place counts");
+    let mut call = Assembler::new();
+    call.alu(Op::Mov, R1, R0);
+    call.call(HELPER_ATOMIC_ADD.cast_signed());
+    insns[adds[0] - 1..=adds[0]].copy_from_slice(&call.finish().unwrap());
+    insns.iter().flat_map(|insn| insn.bytes()).collect()
+}
+
+/// A world with one plan in force and listeners under these keys.
+fn world(plan: &Plan, listeners: impl IntoIterator<Item = u32>) {
+    let mut records: [Vec<Vec<u8>>; 6] = Default::default();
+    records[2] = vec![vec![0xee; PLAN_BYTES], encode_plan(plan).unwrap().to_vec()];
+    records[3] = vec![1_u32.to_ne_bytes().to_vec(), vec![0; 4]];
+    records[4] = vec![vec![0; COUNTER_BYTES]; 65];
+    records[5] = vec![vec![0; PROBE_BYTES]; 3];
+    let listeners = listeners.into_iter().collect();
+    WORLD.set(World { records, listeners, ..World::default() });
+}
+
+fn run(packet: &Packet) -> Outcome {
+    let program = instructions();
+    let mut vm = rbpf::EbpfVmRaw::new(Some(&program)).unwrap();
+    let helpers: [(i32, rbpf::Helper); 4] = [
+        (HELPER_MAP_LOOKUP, map_lookup),
+        (HELPER_RANDOM, random),
+        (HELPER_SELECT, select_socket),
+        (HELPER_LOAD_BYTES_RELATIVE, load_bytes),
+    ];
+    for (number, helper) in helpers {
+        vm.register_helper(number.cast_unsigned(), helper).unwrap();
+    }
+    vm.register_helper(HELPER_ATOMIC_ADD, atomic_add).unwrap();
+    let mut ranges = vec![packet.tcp_header.as_ptr_range()];
+    WORLD.with_borrow_mut(|world| {
+        world.tried.clear();
+        world.records[4].iter_mut().for_each(|record| record.fill(0));
+        ranges.extend(world.records.iter().flatten().map(|record| record.as_ptr_range()));
+    });
+    for range in ranges {
+        vm.register_allowed_memory(range.start as u64..range.end as u64);
+    }
+    let mut context = [0; 56];
+    let tcp = packet.tcp_header.as_ptr_range();
+    context[0..8].copy_from_slice(&(tcp.start as u64).to_ne_bytes());
+    context[8..16].copy_from_slice(&(tcp.end as u64).to_ne_bytes());
+    context[20..24].copy_from_slice(&eth_protocol(packet.ipv6).to_ne_bytes());
+    context[32..36].copy_from_slice(&packet.hash.to_ne_bytes());
+    context[48..56].copy_from_slice(&u64::from(packet.is_migration).to_ne_bytes());
+    let verdict = vm.execute_program(&mut context).unwrap();
+    WORLD.with_borrow_mut(|world| {
+        let mut counted = Vec::new();
+        for (slot, record) in (0..).zip(&world.records[4]) {
+            counted.extend((0..2).filter(|&word| record[word as usize * 8] != 0).map(|word| (slot, word)));
+        }
+        Outcome { verdict, tried: std::mem::take(&mut world.tried), counted }
+    })
+}
+
+/// The same decisions in plain words.
+fn model(plan: &Plan, listeners: &BTreeSet<u32>, hash: u32, random: u32, is_migration: bool) -> Outcome {
+    let word = u32::from(is_migration);
+    if plan.ranges.is_empty() {
+        return Outcome { verdict: word.into(), tried: vec![], counted: vec![(COUNTER_GROUP, word)] };
+    }
+    let last = plan.ranges.len() - 1;
+    let first = plan.ranges[..last].iter().position(|range| random < range.weight_below).unwrap_or(last);
+    let others = (0..=last).filter(|&index| index != first);
+    let mut tried = Vec::new();
+    for range in std::iter::once(first).chain(others).map(|index| plan.ranges[index]) {
+        for key in (0..range.count).map(|n| range.base + (hash % range.count + n) % range.count) {
+            tried.push(key);
+            if listeners.contains(&key) {
+                return Outcome { verdict: 1, tried, counted: vec![(range.counter, word)] };
+            }
+        }
+    }
+    Outcome { verdict: 1, tried, counted: vec![(COUNTER_GROUP, 1)] }
+}
+
+/// Numbers that look random and are the same in each run.
+fn numbers() -> impl FnMut(u32) -> u32 {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    move |below| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        u32::try_from((state >> 32) % u64::from(below)).unwrap()
+    }
+}
+
+#[test]
+fn any_plan_steers_as_the_model_says() {
+    let mut number = numbers();
+    for case in 0..3000 {
+        let ranges = (0..number(5))
+            .map(|index| Range {
+                weight_below: number(u32::MAX),
+                base: index * 100,
+                count: number(12),
+                counter: number(64),
+            })
+            .collect();
+        let plan = Plan { ranges };
+        let density = number(4);
+        let listeners: BTreeSet<u32> = (0..500).filter(|_| number(4) < density).collect();
+        world(&plan, listeners.iter().copied());
+        let (hash, random, is_migration) = (number(u32::MAX), number(u32::MAX), number(2) == 1);
+        WORLD.with_borrow_mut(|world| world.random = random);
+        let outcome = run(&Packet::new(hash, is_migration));
+        assert_eq!(outcome, model(&plan, &listeners, hash, random, is_migration), "case {case}: {plan:?}");
+    }
+}
+
+#[test]
+fn every_key_of_the_largest_plan_is_tried() {
+    let range = |base, count| Range { weight_below: 0, base, count, counter: 1 };
+    let plan = Plan { ranges: vec![range(0, 1024), range(5000, 1000), range(3000, 24), range(0, 0)] };
+    let listeners = BTreeSet::from([3023]);
+    world(&plan, listeners.iter().copied());
+    let outcome = run(&Packet::new(77, false));
+    assert_eq!(outcome, model(&plan, &listeners, 77, 0, false));
+    assert_eq!(outcome.counted, [(1, 0)]);
+}
+
+#[test]
+fn a_selector_beyond_the_records_leaves_the_choice_to_the_kernel() {
+    world(&Plan::default(), []);
+    WORLD.with_borrow_mut(|world| world.records[3][0] = 9_u32.to_ne_bytes().to_vec());
+    let outcome = run(&Packet::new(1, false));
+    assert_eq!(outcome, Outcome { verdict: 1, tried: vec![], counted: vec![(COUNTER_GROUP, 1)] });
+}
+
+/// A plan with key 0, a listener under key 7, and a probe for it from `remote` in force.
+fn probed_world(remote: &str) {
+    world(&Plan { ranges: vec![Range { weight_below: 0, base: 0, count: 1, counter: 3 }] }, [0, 7]);
+    let probe = Probe { remote: remote.parse().unwrap(), key: 7 };
+    WORLD.with_borrow_mut(|world| {
+        world.records[5][2] = encode_probe(&probe).to_vec();
+        world.records[3][1] = 2_u32.to_ne_bytes().to_vec();
+    });
+}
+
+/// The SYN that `source` would send.
+fn syn(source: &str) -> Packet {
+    let source: SocketAddr = source.parse().unwrap();
+    let mut tcp_header = vec![0; 20];
+    tcp_header[..2].copy_from_slice(&source.port().to_be_bytes());
+    let mut header = vec![0xaa; 40];
+    match source.ip() {
+        std::net::IpAddr::V4(ip) => header[12..16].copy_from_slice(&ip.octets()),
+        std::net::IpAddr::V6(ip) => header[8..24].copy_from_slice(&ip.octets()),
+    }
+    WORLD.with_borrow_mut(|world| world.net_header = header);
+    Packet { hash: 0, is_migration: false, ipv6: source.is_ipv6(), tcp_header }
+}
+
+#[test]
+fn only_the_probe_reaches_the_probed_listener() {
+    let cases = [
+        ("10.1.2.3:4000", "10.1.2.3:4000", 7),
+        ("10.1.2.3:4000", "10.1.2.3:4001", 0),
+        ("10.1.2.3:4000", "10.1.2.4:4000", 0),
+        ("10.1.2.3:4000", "[a01:203::]:4000", 0),
+        ("[::ffff:10.1.2.3]:4000", "10.1.2.3:4000", 7),
+        ("[fe80::1:2]:9", "[fe80::1:2]:9", 7),
+        ("[fe80::1:2]:9", "[fe80::1:3]:9", 0),
+        ("[fe80::1:2]:9", "[fe81::1:2]:9", 0),
+    ];
+    for (remote, source, key) in cases {
+        probed_world(remote);
+        let outcome = run(&syn(source));
+        assert_eq!((outcome.verdict, outcome.tried), (1, vec![key]), "probe {remote}, packet from {source}");
+        let counted = if key == 7 { vec![] } else { vec![(3, 0)] };
+        assert_eq!(outcome.counted, counted, "a probe is nobody's connection");
+    }
+}
+
+#[test]
+fn a_probe_never_costs_a_client() {
+    probed_world("10.1.2.3:4000");
+    let moved = Packet { is_migration: true, ..syn("10.1.2.3:4000") };
+    assert_eq!(run(&moved).tried, [0], "a migration's packet is not looked at");
+    let cut = Packet { tcp_header: vec![0x0f, 0xa0, 0], ..syn("10.1.2.3:4000") };
+    assert_eq!(run(&cut).tried, [0], "a packet without a whole header");
+    WORLD.with_borrow_mut(|world| world.net_header.clear());
+    let unreadable = Packet { ipv6: false, ..syn("10.1.2.3:4000") };
+    WORLD.with_borrow_mut(|world| world.net_header.clear());
+    assert_eq!(run(&unreadable).tried, [0], "a packet whose address can't be read");
+    WORLD.with_borrow_mut(|world| world.listeners.remove(&7));
+    assert_eq!(run(&syn("10.1.2.3:4000")).tried, [7, 0], "the probed listener has gone");
+}

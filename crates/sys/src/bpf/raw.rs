@@ -1,0 +1,248 @@
+//! The `bpf(2)` commands the steering engine needs, and nothing more.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::asm::{AsmError, Insn};
+
+/// Why a BPF action failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    /// A map could not be created.
+    #[error("cannot create the BPF map {name:?}: {source}{}", remedy(source))]
+    CreateMap {
+        /// The map's name.
+        name: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The program was not accepted; the verifier's own words are in `log`.
+    #[error("cannot load the steering program: {source}{}{}", remedy(source), show_log(log))]
+    Load {
+        /// What the kernel said.
+        source: io::Error,
+        /// The verifier's log, empty when it said nothing.
+        log: String,
+    },
+    /// The program could not be put together: a mistake of this crate.
+    #[error("cannot assemble the steering program: {0}")]
+    Assemble(#[from] AsmError),
+    /// A map entry could not be read or written.
+    #[error("cannot {action} entry {key} of the BPF map {map:?}: {source}")]
+    Entry {
+        /// The map's name.
+        map: &'static str,
+        /// "read", "write" or "remove".
+        action: &'static str,
+        /// The entry's key.
+        key: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The program could not be attached to the listener's group.
+    #[error("cannot attach the steering program to the listener's group: {0}")]
+    Attach(#[source] io::Error),
+    /// A plan, key or capacity that the maps have no room for.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl BpfError {
+    /// The errno behind the failure, where there is one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            BpfError::CreateMap { source, .. }
+            | BpfError::Load { source, .. }
+            | BpfError::Entry { source, .. } => source.raw_os_error(),
+            BpfError::Attach(source) => source.raw_os_error(),
+            BpfError::Assemble(_) | BpfError::Invalid(_) => None,
+        }
+    }
+}
+
+fn remedy(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            " (the ebpf engine needs CAP_BPF: AmbientCapabilities=CAP_BPF in the unit, or steering.engine = \"cbpf\")"
+        }
+        Some(libc::ENOSYS) => " (this kernel has no bpf(2): use steering.engine = \"cbpf\")",
+        _ => "",
+    }
+}
+
+fn show_log(log: &str) -> String {
+    if log.is_empty() { String::new() } else { format!("; the kernel's verifier says:\n{log}") }
+}
+
+/// Map types used here (`enum bpf_map_type`).
+#[derive(Clone, Copy, Debug)]
+#[repr(u32)]
+pub(super) enum MapType {
+    Array = 2,
+    ReuseportSockarray = 20,
+}
+
+const BPF_MAP_CREATE: i32 = 0;
+const BPF_MAP_LOOKUP_ELEM: i32 = 1;
+const BPF_MAP_UPDATE_ELEM: i32 = 2;
+const BPF_MAP_DELETE_ELEM: i32 = 3;
+const BPF_PROG_LOAD: i32 = 5;
+const BPF_PROG_TYPE_SK_REUSEPORT: u32 = 21;
+const BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: u32 = 40;
+const LOG_BYTES: usize = 256 * 1024;
+
+#[repr(C)]
+#[derive(Default)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; 16],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct EntryAttr {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// Calls `bpf(2)`.
+///
+/// # Safety
+/// `T` must be a prefix of `union bpf_attr` for `command`, without uninitialised padding, and every address
+/// in it must be valid for the kernel's reads and writes of that command.
+unsafe fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: the caller vouches for the addresses inside; `attr` itself is valid for size_of::<T>() bytes,
+    // and the kernel takes any prefix of the union as the rest being zero.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+}
+
+fn short_name(name: &str) -> [u8; 16] {
+    let mut short = [0; 16];
+    for (to, from) in short.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    short
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+/// Creates a map with u32 keys. The descriptor is close-on-exec, as the kernel makes it.
+pub(super) fn create_map(
+    kind: MapType,
+    name: &'static str,
+    value_size: u32,
+    max_entries: u32,
+) -> Result<OwnedFd, BpfError> {
+    let map_name = short_name(name);
+    let mut attr = CreateAttr {
+        map_type: kind as u32,
+        key_size: 4,
+        value_size,
+        max_entries,
+        map_name,
+        ..Default::default()
+    };
+    // SAFETY: CreateAttr is the prefix of bpf_attr for BPF_MAP_CREATE and holds no address.
+    let fd =
+        unsafe { bpf(BPF_MAP_CREATE, &mut attr) }.map_err(|source| BpfError::CreateMap { name, source })?;
+    // SAFETY: the kernel has just given this descriptor to us and to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Writes one entry (BPF_ANY). `value` must have the map's value size.
+pub(super) fn update(map: BorrowedFd<'_>, key: u32, value: &[u8]) -> io::Result<()> {
+    let mut attr = EntryAttr {
+        map_fd: raw(map),
+        key: std::ptr::from_ref(&key) as u64,
+        value: value.as_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: key and value live across the call; callers in this module's parent pass slices of the very
+    // size the map was created with.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Reads one entry into `value`, which must have the map's value size.
+pub(super) fn lookup(map: BorrowedFd<'_>, key: u32, value: &mut [u8]) -> io::Result<()> {
+    let mut attr = EntryAttr {
+        map_fd: raw(map),
+        key: std::ptr::from_ref(&key) as u64,
+        value: value.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: as in `update`; the kernel writes exactly the map's value size.
+    unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) }.map(drop)
+}
+
+/// Removes one entry.
+pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+    let mut attr = EntryAttr { map_fd: raw(map), key: std::ptr::from_ref(&key) as u64, ..Default::default() };
+    // SAFETY: key lives across the call.
+    unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Loads an `sk_reuseport` program that selects for new connections and for migrations.
+///
+/// Only a failure pays for the verifier's log: the program is loaded a second time to read it.
+pub(super) fn load_program(name: &str, insns: &[Insn]) -> Result<OwnedFd, BpfError> {
+    let mut log = Vec::new();
+    let fd = load_with_log(name, insns, &mut log).or_else(|_| {
+        log = vec![0; LOG_BYTES];
+        load_with_log(name, insns, &mut log)
+    });
+    let fd = fd.map_err(|source| {
+        let text: Vec<u8> = log.into_iter().take_while(|&byte| byte != 0).collect();
+        BpfError::Load { source, log: String::from_utf8_lossy(&text).trim_end().to_owned() }
+    })?;
+    // SAFETY: the kernel has just given this descriptor to us and to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn load_with_log(name: &str, insns: &[Insn], log: &mut [u8]) -> io::Result<i32> {
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let mut attr = LoadAttr {
+        prog_type: BPF_PROG_TYPE_SK_REUSEPORT,
+        insn_cnt: u32::try_from(insns.len()).map_err(invalid)?,
+        insns: insns.as_ptr() as u64,
+        // The helpers this program calls are open to any licence; the kernel wants the field all the same.
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        log_level: u32::from(!log.is_empty()),
+        log_size: u32::try_from(log.len()).map_err(invalid)?,
+        log_buf: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
+        prog_name: short_name(name),
+        expected_attach_type: BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
+        ..Default::default()
+    };
+    // SAFETY: instructions, licence and log live across the call and have the sizes given.
+    unsafe { bpf(BPF_PROG_LOAD, &mut attr) }
+}

@@ -1,0 +1,320 @@
+//! One listener address under the `ebpf` engine: its maps, its program, and the one word that switches it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use super::program::{
+    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_GROUP, Maps, PLAN_BYTES, PROBE_BYTES, TRIES_MAX,
+};
+use super::raw::{self, BpfError, MapType};
+use crate::socket;
+
+/// Plan records a group holds; a caller writes one that is not in force, then selects it.
+pub const PLAN_RECORDS: u32 = 64;
+/// Counter slots a plan's ranges may count in.
+pub const COUNTER_SLOTS: u32 = COUNTER_GROUP;
+/// Ranges a plan may have.
+pub const RANGES_MAX: usize = program::RANGES;
+/// Keys of a group unless told otherwise.
+pub const CAPACITY_DEFAULT: u32 = 8192;
+/// Probe records are 1 and 2: one in force, one to be written.
+const PROBE_RECORDS: u32 = 3;
+
+/// A block of keys that gets a share of the new connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// The range is chosen when a random u32 is below this (ranges are asked in order); the last range of a
+    /// plan catches all.
+    pub weight_below: u32,
+    /// First key.
+    pub base: u32,
+    /// Number of keys, at most 1024 in practice; keys without a listener are skipped.
+    pub count: u32,
+    /// Counter slot, below [`COUNTER_SLOTS`].
+    pub counter: u32,
+}
+
+/// Where connections go: immutable once it is in force. Without ranges new connections are refused at once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// At most [`RANGES_MAX`], with 2048 keys in all.
+    pub ranges: Vec<Range>,
+}
+
+/// A SYN from exactly this source reaches this key's listener before anybody else does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Source address and port of the probing socket.
+    pub remote: SocketAddr,
+    /// Key of the listener under test.
+    pub key: u32,
+}
+
+/// What a range's listeners were given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// New connections.
+    pub new: u64,
+    /// Connections and half-open handshakes moved here from a listener that closed.
+    pub migrated: u64,
+}
+
+/// What happened to connections that no range took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupCounters {
+    /// New connections refused because the plan in force has no ranges.
+    pub refused: u64,
+    /// Connections left to the kernel's own hash: no key of the plan held a listener.
+    pub unsteered: u64,
+}
+
+/// Maps and program of one listener address.
+#[derive(Debug)]
+pub struct EbpfGroup {
+    sockets: OwnedFd,
+    plans: OwnedFd,
+    control: OwnedFd,
+    counters: OwnedFd,
+    probes: OwnedFd,
+    program: OwnedFd,
+}
+
+impl EbpfGroup {
+    /// Creates the maps and loads the program; nothing is attached and no plan has ranges yet, so write and
+    /// select a plan before [`attach`](EbpfGroup::attach).
+    ///
+    /// # Errors
+    /// Without CAP_BPF, or when the kernel's verifier refuses the program (its log is in the error).
+    pub fn new(capacity: u32) -> Result<EbpfGroup, BpfError> {
+        let sockets = raw::create_map(MapType::ReuseportSockarray, "rupd_sockets", 8, capacity)?;
+        let plans = raw::create_map(MapType::Array, "rupd_plans", bytes(PLAN_BYTES), PLAN_RECORDS)?;
+        let control = raw::create_map(MapType::Array, "rupd_control", 4, 2)?;
+        let counters =
+            raw::create_map(MapType::Array, "rupd_counters", bytes(COUNTER_BYTES), COUNTER_SLOTS + 1)?;
+        let probes = raw::create_map(MapType::Array, "rupd_probes", bytes(PROBE_BYTES), PROBE_RECORDS)?;
+        let insns = program::build(&Maps {
+            sockets: sockets.as_raw_fd(),
+            plans: plans.as_raw_fd(),
+            control: control.as_raw_fd(),
+            counters: counters.as_raw_fd(),
+            probes: probes.as_raw_fd(),
+        })?;
+        let program = raw::load_program("rupd_steer", &insns)?;
+        Ok(EbpfGroup { sockets, plans, control, counters, probes, program })
+    }
+
+    /// Takes over a group whose descriptors were carried through exec or fetched back, in the order of
+    /// [`fds`](EbpfGroup::fds).
+    #[must_use]
+    pub fn from_fds([sockets, plans, control, counters, probes, program]: [OwnedFd; 6]) -> EbpfGroup {
+        EbpfGroup { sockets, plans, control, counters, probes, program }
+    }
+
+    /// The descriptors: sockets, plans, control, counters, probes, program. As long as somebody holds them the
+    /// group can be switched.
+    #[must_use]
+    pub fn fds(&self) -> [BorrowedFd<'_>; 6] {
+        [&self.sockets, &self.plans, &self.control, &self.counters, &self.probes, &self.program]
+            .map(AsFd::as_fd)
+    }
+
+    /// Puts the program in force for the reuseport group the listener belongs to (any member will do).
+    ///
+    /// # Errors
+    /// When the socket is not in a reuseport group.
+    pub fn attach(&self, listener: BorrowedFd<'_>) -> Result<(), BpfError> {
+        let program = self.program.as_raw_fd();
+        socket::set_option(listener, libc::SO_ATTACH_REUSEPORT_EBPF, program).map_err(BpfError::Attach)
+    }
+
+    /// Makes a listener choosable under `key`, in place of whatever was there. The listener must already
+    /// listen, and can be in one array only.
+    ///
+    /// # Errors
+    /// EINVAL when the socket doesn't listen with SO_REUSEPORT, EBUSY when it is in another array (or under
+    /// another key), E2BIG when the key is beyond the capacity.
+    pub fn admit(&self, key: u32, listener: BorrowedFd<'_>) -> Result<(), BpfError> {
+        let value = i64::from(listener.as_raw_fd()).to_ne_bytes();
+        raw::update(self.sockets.as_fd(), key, &value).map_err(entry("sockets", "write", key))
+    }
+
+    /// Makes the listener under `key` unchoosable; an empty key is fine, the kernel empties it when the
+    /// listener closes.
+    ///
+    /// # Errors
+    /// When the key is beyond the capacity.
+    pub fn remove(&self, key: u32) -> Result<(), BpfError> {
+        match raw::delete(self.sockets.as_fd(), key) {
+            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            result => result.map_err(entry("sockets", "remove", key)),
+        }
+    }
+
+    /// The cookie of the listener under `key`, if there is one.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn cookie_at(&self, key: u32) -> Result<Option<u64>, BpfError> {
+        let mut value = [0; 8];
+        match raw::lookup(self.sockets.as_fd(), key, &mut value) {
+            Ok(()) => Ok(Some(u64::from_ne_bytes(value))),
+            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(source) => Err(entry("sockets", "read", key)(source)),
+        }
+    }
+
+    /// Writes a plan record. Never the one in force: an update larger than a word can be read half done.
+    ///
+    /// # Errors
+    /// [`BpfError::Invalid`] when the record is in force, or the plan has more ranges, keys or counters than
+    /// there is room for.
+    pub fn write_plan(&self, index: u32, plan: &Plan) -> Result<(), BpfError> {
+        if self.selected()? == index && !self.is_blank(index)? {
+            return Err(BpfError::Invalid(format!(
+                "plan record {index} is in force and must not be written; write another and select it"
+            )));
+        }
+        let record = encode_plan(plan)?;
+        raw::update(self.plans.as_fd(), index, &record).map_err(entry("plans", "write", index))
+    }
+
+    /// Puts a plan record in force with one aligned 32-bit write: the switch.
+    ///
+    /// # Errors
+    /// When there is no such record.
+    pub fn select(&self, index: u32) -> Result<(), BpfError> {
+        if index >= PLAN_RECORDS {
+            return Err(BpfError::Invalid(format!(
+                "there is no plan record {index}, only 0 to {}",
+                PLAN_RECORDS - 1
+            )));
+        }
+        self.write_control(CONTROL_PLAN, index)
+    }
+
+    /// The plan record in force.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn selected(&self) -> Result<u32, BpfError> {
+        self.read_control(CONTROL_PLAN)
+    }
+
+    /// Sets or clears the probe.
+    ///
+    /// # Errors
+    /// When a map can't be written.
+    pub fn set_probe(&self, probe: Option<Probe>) -> Result<(), BpfError> {
+        let Some(probe) = probe else { return self.write_control(CONTROL_PROBE, 0) };
+        let spare = if self.read_control(CONTROL_PROBE)? == 1 { 2 } else { 1 };
+        raw::update(self.probes.as_fd(), spare, &encode_probe(&probe))
+            .map_err(entry("probes", "write", spare))?;
+        self.write_control(CONTROL_PROBE, spare)
+    }
+
+    /// What a counter slot has counted since it was cleared.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn counters(&self, slot: u32) -> Result<Counters, BpfError> {
+        let [new, migrated] = self.read_counters(slot)?;
+        Ok(Counters { new, migrated })
+    }
+
+    /// What no range took, since the group was made.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn group_counters(&self) -> Result<GroupCounters, BpfError> {
+        let [refused, unsteered] = self.read_counters(COUNTER_GROUP)?;
+        Ok(GroupCounters { refused, unsteered })
+    }
+
+    /// Sets a counter slot to zero. Counts of connections arriving at this very moment may be lost, so clear
+    /// a slot only while no plan in force names it.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn clear_counters(&self, slot: u32) -> Result<(), BpfError> {
+        raw::update(self.counters.as_fd(), slot, &[0; COUNTER_BYTES])
+            .map_err(entry("counters", "write", slot))
+    }
+
+    fn read_counters(&self, slot: u32) -> Result<[u64; 2], BpfError> {
+        let mut value = [0; COUNTER_BYTES];
+        raw::lookup(self.counters.as_fd(), slot, &mut value).map_err(entry("counters", "read", slot))?;
+        let (words, _) = value.as_chunks::<8>();
+        Ok([u64::from_ne_bytes(words[0]), u64::from_ne_bytes(words[1])])
+    }
+
+    fn is_blank(&self, index: u32) -> Result<bool, BpfError> {
+        let mut record = [0; PLAN_BYTES];
+        raw::lookup(self.plans.as_fd(), index, &mut record).map_err(entry("plans", "read", index))?;
+        Ok(record == [0; PLAN_BYTES])
+    }
+
+    fn read_control(&self, key: u32) -> Result<u32, BpfError> {
+        let mut value = [0; 4];
+        raw::lookup(self.control.as_fd(), key, &mut value).map_err(entry("control", "read", key))?;
+        Ok(u32::from_ne_bytes(value))
+    }
+
+    fn write_control(&self, key: u32, value: u32) -> Result<(), BpfError> {
+        raw::update(self.control.as_fd(), key, &value.to_ne_bytes()).map_err(entry("control", "write", key))
+    }
+}
+
+fn bytes(size: usize) -> u32 {
+    u32::try_from(size).unwrap_or(u32::MAX)
+}
+
+fn entry(map: &'static str, action: &'static str, key: u32) -> impl FnOnce(std::io::Error) -> BpfError {
+    move |source| BpfError::Entry { map, action, key, source }
+}
+
+pub(super) fn encode_plan(plan: &Plan) -> Result<[u8; PLAN_BYTES], BpfError> {
+    let ranges = u32::try_from(plan.ranges.len()).unwrap_or(u32::MAX);
+    if plan.ranges.len() > RANGES_MAX {
+        return Err(BpfError::Invalid(format!("a plan has at most {RANGES_MAX} ranges, not {ranges}")));
+    }
+    let keys: u64 = plan.ranges.iter().map(|range| u64::from(range.count)).sum();
+    let keys_max = u64::from(TRIES_MAX.cast_unsigned()) - 3 * RANGES_MAX as u64;
+    if keys > keys_max {
+        return Err(BpfError::Invalid(format!("a plan has at most {keys_max} keys, not {keys}")));
+    }
+    if let Some(range) = plan.ranges.iter().find(|range| range.counter >= COUNTER_SLOTS) {
+        return Err(BpfError::Invalid(format!(
+            "there is no counter slot {}, only 0 to {}",
+            range.counter,
+            COUNTER_SLOTS - 1
+        )));
+    }
+    let words = [ranges, 0].into_iter().chain(
+        plan.ranges.iter().flat_map(|range| [range.weight_below, range.base, range.count, range.counter]),
+    );
+    Ok(encode(words))
+}
+
+pub(super) fn encode_probe(probe: &Probe) -> [u8; PROBE_BYTES] {
+    let remote = probe.remote.ip().to_canonical();
+    let mut address = [0; 16];
+    match remote {
+        IpAddr::V4(ip) => address[..4].copy_from_slice(&ip.octets()),
+        IpAddr::V6(ip) => address.copy_from_slice(&ip.octets()),
+    }
+    let (quads, _) = address.as_chunks::<4>();
+    let words = [program::eth_protocol(remote.is_ipv6()), u32::from(probe.remote.port().to_be())]
+        .into_iter()
+        .chain(quads.iter().map(|quad| u32::from_ne_bytes(*quad)))
+        .chain([probe.key]);
+    encode(words)
+}
+
+/// Lays words out as the program reads them; what is not given is zero.
+fn encode<const N: usize>(words: impl Iterator<Item = u32>) -> [u8; N] {
+    let mut record = [0; N];
+    for (bytes, word) in record.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    record
+}

@@ -1,0 +1,314 @@
+//! Starting a worker: fork, a fixed list of steps, exec.
+//!
+//! [`spawn`] forks, so it may only be called from a process with exactly one thread (the master is one by
+//! design): another thread could hold the allocator's lock at the fork. Between fork and exec the child runs
+//! async-signal-safe calls only, on data prepared before. The order of the steps is that of [`Step`]; a failure
+//! comes back over a close-on-exec pipe as the step and its errno.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::executable::PinnedExecutable;
+use crate::{check, pidfd};
+
+/// What to start and in which surroundings.
+#[derive(Debug)]
+pub struct SpawnSpec<'a> {
+    /// The program.
+    pub executable: &'a PinnedExecutable,
+    /// Arguments, the program's own name first.
+    pub argv: &'a [CString],
+    /// The whole environment, as `NAME=value`.
+    pub envp: &'a [CString],
+    /// Descriptors the child gets, each under its number; all others are closed. Give 0, 1 and 2 too.
+    pub fds: &'a [(BorrowedFd<'a>, RawFd)],
+    /// File mode creation mask.
+    pub umask: Option<u32>,
+    /// Working directory.
+    pub directory: Option<&'a CStr>,
+    /// Resource limits.
+    pub limits: &'a [Limit],
+    /// Whether the child and its descendants may never gain privileges by exec.
+    pub no_new_privileges: bool,
+}
+
+/// One resource limit; `u64::MAX` is unlimited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// `RLIMIT_NOFILE` and its like.
+    pub resource: u32,
+    /// In force.
+    pub soft: u64,
+    /// Upper bound of the soft limit.
+    pub hard: u64,
+}
+
+/// A child that has become the wanted program.
+#[derive(Debug)]
+pub struct Spawned {
+    /// Its pid, which is its process group too.
+    pub pid: i32,
+    /// Readable when it ends.
+    pub pidfd: OwnedFd,
+}
+
+/// Where a start failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Step {
+    /// Preparing the pipe for the result.
+    Prepare,
+    /// Making the process: EAGAIN is a limit on processes.
+    Fork,
+    /// Its own process group.
+    ProcessGroup,
+    /// Giving descriptors their numbers.
+    Descriptors,
+    /// Entering the working directory.
+    Directory,
+    /// Setting resource limits.
+    Limits,
+    /// Giving up new privileges.
+    NoNewPrivileges,
+    /// Executing the program.
+    Exec,
+    /// Opening the child by descriptor.
+    Pidfd,
+}
+
+const CHILD_STEPS: [Step; 6] =
+    [Step::ProcessGroup, Step::Descriptors, Step::Directory, Step::Limits, Step::NoNewPrivileges, Step::Exec];
+
+impl Step {
+    fn words(self) -> &'static str {
+        match self {
+            Step::Prepare => "prepare a start",
+            Step::Fork => "make a process",
+            Step::ProcessGroup => "make a process group",
+            Step::Descriptors => "hand over descriptors",
+            Step::Directory => "enter the working directory",
+            Step::Limits => "set resource limits",
+            Step::NoNewPrivileges => "give up new privileges",
+            Step::Exec => "execute the program",
+            Step::Pidfd => "watch the process",
+        }
+    }
+}
+
+/// Why a start failed; nothing is left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot {}: {}", step.words(), io::Error::from_raw_os_error(*errno))]
+pub struct SpawnError {
+    /// The step that failed.
+    pub step: Step,
+    /// What the kernel said.
+    pub errno: i32,
+}
+
+fn failed(step: Step) -> impl FnOnce(io::Error) -> SpawnError {
+    move |error| SpawnError { step, errno: error.raw_os_error().unwrap_or(libc::EINVAL) }
+}
+
+/// Everything the child reads, in memory before the fork.
+struct Prepared<'a> {
+    spec: &'a SpawnSpec<'a>,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+    /// Source (replaced in the child by a duplicate out of the way) and number.
+    fds: Vec<(RawFd, RawFd)>,
+    /// First number above all wanted ones.
+    above: RawFd,
+    by_path: bool,
+    result: RawFd,
+}
+
+/// Starts a worker and waits until it has become the program (or has failed to), which takes about a millisecond.
+///
+/// The file at the executable's path is executed while it is the pinned one, else the held descriptor; a script
+/// always goes by path.
+///
+/// # Errors
+/// With the step that failed; the child has been reaped by then.
+pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(Step::Prepare)(e.into()))?;
+    let mut prepared = Prepared {
+        spec,
+        argv: pointers(spec.argv),
+        envp: pointers(spec.envp),
+        fds: spec.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect(),
+        above: spec.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(0).max(3),
+        by_path: spec.executable.is_script() || spec.executable.is_same_at_path(),
+        result: writer.as_raw_fd(),
+    };
+    let pid = fork(&mut prepared).map_err(failed(Step::Fork))?;
+    drop(writer);
+    if let Some(error) = read_result(reader) {
+        reap_by_pid(pid);
+        return Err(error);
+    }
+    // The pid can't have been reused: nobody but us can reap the child.
+    let pidfd = pidfd::open(pid).map_err(|error| {
+        // SAFETY: plain system call on our own unreaped child.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        reap_by_pid(pid);
+        failed(Step::Pidfd)(error)
+    })?;
+    Ok(Spawned { pid, pidfd })
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+}
+
+/// Forks with all signals blocked: a handler that ran in the child would write to the master's signal pipe.
+fn fork(prepared: &mut Prepared<'_>) -> io::Result<i32> {
+    // SAFETY: all-zero sets are valid, and both are initialised before they are read.
+    let (mut all, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
+    // SAFETY: plain calls on local sets. The process has one thread (see the module's description), so its memory
+    // is consistent in the child, which does not return from `run_child`.
+    unsafe {
+        libc::sigfillset(&raw mut all);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const all, &raw mut before))?;
+        let pid = libc::fork();
+        if pid == 0 {
+            run_child(prepared);
+        }
+        let result = check(pid);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+        result
+    }
+}
+
+/// The child's life before exec. Async-signal-safe calls only, no allocation, no unwinding.
+///
+/// # Safety
+/// Only in a just forked child.
+unsafe fn run_child(prepared: &mut Prepared<'_>) -> ! {
+    // SAFETY: every call below is a plain system call on memory that was prepared before the fork and is still there.
+    unsafe {
+        for step in CHILD_STEPS {
+            if perform(step, prepared) < 0 {
+                let errno = (*libc::__errno_location()).to_ne_bytes();
+                let report = [step as u8, errno[0], errno[1], errno[2], errno[3]];
+                libc::write(prepared.result, report.as_ptr().cast(), report.len());
+                libc::_exit(127);
+            }
+        }
+        libc::_exit(127)
+    }
+}
+
+/// One step; negative with errno set when it failed.
+///
+/// # Safety
+/// Only in a just forked child.
+unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
+    let spec = prepared.spec;
+    // SAFETY: as in `run_child`.
+    unsafe {
+        match step {
+            Step::ProcessGroup => libc::setpgid(0, 0),
+            Step::Descriptors => place_descriptors(prepared),
+            Step::Directory => spec.directory.map_or(0, |directory| libc::chdir(directory.as_ptr())),
+            Step::Limits => spec.limits.iter().fold(0, |result, limit| result.min(set_limit(limit))),
+            // The worker's identity (groups, gid, uid, capabilities, processor affinity) belongs between the
+            // limits, which may need privilege, and this, which gives it up.
+            Step::NoNewPrivileges if spec.no_new_privileges => {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            }
+            Step::Exec => exec(prepared),
+            _ => 0,
+        }
+    }
+}
+
+/// # Safety
+/// Only in a just forked child.
+unsafe fn set_limit(limit: &Limit) -> libc::c_int {
+    let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
+    // SAFETY: the value lives across the call.
+    unsafe { libc::setrlimit(limit.resource, &raw const value) }
+}
+
+/// Moves all sources out of the way of the wanted numbers first, so that no order of the list can overwrite one.
+///
+/// # Safety
+/// Only in a just forked child.
+unsafe fn place_descriptors(prepared: &mut Prepared<'_>) -> libc::c_int {
+    // SAFETY: descriptor numbers only; the child's table is its own.
+    unsafe {
+        let result = libc::fcntl(prepared.result, libc::F_DUPFD_CLOEXEC, prepared.above);
+        if result < 0 {
+            return -1;
+        }
+        prepared.result = result;
+        for (source, _) in &mut prepared.fds {
+            *source = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, prepared.above);
+            if *source < 0 {
+                return -1;
+            }
+        }
+        // Everything of the master is close-on-exec already; this covers what it inherited itself. Kernels before
+        // 5.11 don't know the call, which is no reason not to start.
+        libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        for (source, number) in &prepared.fds {
+            if libc::dup2(*source, *number) < 0 {
+                return -1;
+            }
+        }
+    }
+    0
+}
+
+/// # Safety
+/// Only in a just forked child.
+unsafe fn exec(prepared: &Prepared<'_>) -> libc::c_int {
+    let executable = prepared.spec.executable;
+    let (argv, envp) = (prepared.argv.as_ptr(), prepared.envp.as_ptr());
+    // SAFETY: null-terminated arrays of C strings that outlive the fork; signal sets are local. Dispositions go back
+    // to the default before signals are let in, so no handler of the master runs here.
+    unsafe {
+        if let Some(mask) = prepared.spec.umask {
+            libc::umask(mask);
+        }
+        for signal in 1..=libc::SIGRTMAX() {
+            // Two numbers belong to the C library and two can't be changed: those refuse, rightly.
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        if prepared.by_path {
+            libc::execve(executable.c_path().as_ptr(), argv, envp)
+        } else {
+            let empty = c"".as_ptr();
+            let held = executable.fd().as_raw_fd();
+            libc::syscall(libc::SYS_execveat, held, empty, argv, envp, libc::AT_EMPTY_PATH);
+            -1
+        }
+    }
+}
+
+/// What the child reported; nothing when its end of the pipe closed at exec.
+fn read_result(reader: OwnedFd) -> Option<SpawnError> {
+    let mut report = [0; 5];
+    let length = loop {
+        match rustix::io::read(&reader, &mut report) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result.unwrap_or(0),
+        }
+    };
+    let step = CHILD_STEPS.into_iter().find(|step| *step as u8 == report[0])?;
+    let errno = i32::from_ne_bytes([report[1], report[2], report[3], report[4]]);
+    (length == report.len()).then_some(SpawnError { step, errno })
+}
+
+fn reap_by_pid(pid: i32) {
+    // SAFETY: waits for our own child, which is about to exit; a null status is allowed.
+    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } < 0
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+}

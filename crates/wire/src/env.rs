@@ -1,0 +1,109 @@
+//! The environment a worker is started with: names of the variables, and the form of `REUSEPORTD_LISTEN`.
+
+use alloc::borrow::ToOwned;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt;
+use core::net::SocketAddr;
+
+use crate::is_name;
+pub use crate::status::Protocol;
+
+/// Name of the application (`app.name`).
+pub const APP: &str = "REUSEPORTD_APP";
+/// Number of the worker's generation: 1, 2, 3, never reused.
+pub const GENERATION: &str = "REUSEPORTD_GENERATION";
+/// The worker's place in its generation, counted from 0; a respawned worker keeps it.
+pub const SEAT: &str = "REUSEPORTD_SEAT";
+/// Seats of the worker's generation.
+pub const WORKERS: &str = "REUSEPORTD_WORKERS";
+/// The listeners: [`parse_listen`] reads it.
+pub const LISTEN: &str = "REUSEPORTD_LISTEN";
+/// Descriptor number of the handover channel, see [`crate::channel`].
+pub const CHANNEL: &str = "REUSEPORTD_CHANNEL";
+/// Path of the socket `READY=1` goes to (`sd_notify`).
+pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+/// Watchdog period in microseconds; feed it at least twice as often.
+pub const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
+/// Process the watchdog period is meant for.
+pub const WATCHDOG_PID: &str = "WATCHDOG_PID";
+/// Number of sockets passed from descriptor 3 on (`bind = "master"`).
+pub const LISTEN_FDS: &str = "LISTEN_FDS";
+/// Process the passed sockets are meant for.
+pub const LISTEN_PID: &str = "LISTEN_PID";
+/// Names of the passed sockets, separated by colons.
+pub const LISTEN_FDNAMES: &str = "LISTEN_FDNAMES";
+/// The passed sockets for programs written for Server::Starter.
+pub const SERVER_STARTER_PORT: &str = "SERVER_STARTER_PORT";
+/// The generation for programs written for Server::Starter.
+pub const SERVER_STARTER_GENERATION: &str = "SERVER_STARTER_GENERATION";
+
+/// Every variable the master owns: it removes what it inherited of these before it sets a worker's own.
+pub const OWNED: [&str; 14] = [
+    APP,
+    GENERATION,
+    SEAT,
+    WORKERS,
+    LISTEN,
+    CHANNEL,
+    NOTIFY_SOCKET,
+    WATCHDOG_USEC,
+    WATCHDOG_PID,
+    LISTEN_FDS,
+    LISTEN_PID,
+    LISTEN_FDNAMES,
+    SERVER_STARTER_PORT,
+    SERVER_STARTER_GENERATION,
+];
+
+/// One listener of `REUSEPORTD_LISTEN`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// The listener's name, as [`is_name`] allows.
+    pub name: String,
+    /// `tcp` or `udp`.
+    pub protocol: Protocol,
+    /// The address to bind.
+    pub address: SocketAddr,
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}:{}", self.name, self.protocol, self.address)
+    }
+}
+
+/// A part of `REUSEPORTD_LISTEN` that is not understood.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{LISTEN} has the part '{part}': each part must read NAME=tcp:ADDRESS:PORT or NAME=udp:ADDRESS:PORT")]
+pub struct ListenError {
+    /// The part, as found.
+    pub part: String,
+}
+
+/// The value of `REUSEPORTD_LISTEN`: `http=tcp:0.0.0.0:8080;admin=tcp:[::]:9000`.
+#[must_use]
+pub fn format_listen(listeners: &[Listen]) -> String {
+    listeners.iter().map(alloc::string::ToString::to_string).collect::<Vec<_>>().join(";")
+}
+
+/// The listeners in a value of `REUSEPORTD_LISTEN`; the empty value has none.
+///
+/// # Errors
+/// The first part that is not `NAME=PROTOCOL:ADDRESS:PORT`.
+pub fn parse_listen(value: &str) -> Result<Vec<Listen>, ListenError> {
+    let parts = value.split(';').filter(|part| !part.is_empty());
+    parts.map(|part| parse_part(part).ok_or_else(|| ListenError { part: part.to_owned() })).collect()
+}
+
+fn parse_part(part: &str) -> Option<Listen> {
+    let (name, rest) = part.split_once('=')?;
+    let (protocol, address) = rest.split_once(':')?;
+    let protocol = match protocol {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        _ => return None,
+    };
+    is_name(name).then_some(())?;
+    Some(Listen { name: name.to_owned(), protocol, address: address.parse().ok()? })
+}

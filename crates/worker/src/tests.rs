@@ -1,0 +1,251 @@
+//! A worker against a fake master at the other end of its channel.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use reuseportd_wire::channel::FromWorker;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_acceptconn};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+
+use super::*;
+use crate::channel::seqpacket_pair;
+
+/// Nothing here takes long; a test that waits longer has failed.
+const LIMIT: Duration = Duration::from_secs(5);
+
+struct Master {
+    channel: OwnedFd,
+}
+
+impl Master {
+    fn with_worker(listen: &str) -> (Self, Worker) {
+        let (near, far) = seqpacket_pair().unwrap();
+        set_socket_timeout(&near, Timeout::Recv, Some(LIMIT)).unwrap();
+        let channel = Some(Channel::inherited(far.into_raw_fd()).unwrap());
+        let worker = Worker { generation: 3, seat: 1, workers: 2, listen: parse(listen).unwrap(), channel };
+        (Self { channel: near }, worker)
+    }
+
+    fn say(&self, datagram: &str, fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+        let parts = [IoSlice::new(datagram.as_bytes())];
+        sendmsg(&self.channel, &parts, &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+    }
+
+    fn hear(&self) -> (FromWorker, Vec<OwnedFd>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut buffer = [0; 5000];
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let got = recvmsg(&self.channel, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
+        let mut fds = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        (FromWorker::decode(&buffer[..got.bytes]).unwrap(), fds)
+    }
+
+    /// Takes the worker's sockets, listens on them and lets it serve.
+    fn let_serve(&self) -> Vec<Socket> {
+        let (ready, fds) = self.hear();
+        assert!(matches!(ready, FromWorker::Ready(names) if names.len() == fds.len()));
+        let handles: Vec<Socket> = fds.into_iter().map(Socket::from).collect();
+        for handle in &handles {
+            assert!(!socket_acceptconn(handle).unwrap(), "the worker must not listen itself");
+            handle.listen(64).unwrap();
+        }
+        self.say("serve", &[]);
+        handles
+    }
+}
+
+fn address(handle: &Socket) -> SocketAddr {
+    handle.local_addr().unwrap().as_socket().unwrap()
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect_timeout(&address, LIMIT).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream
+}
+
+fn answer(mut stream: TcpStream) -> String {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn spawn(worker: Worker) -> JoinHandle<Result<u32, Error>> {
+    thread::spawn(move || {
+        let bound = worker.bind()?;
+        let Some(serving) = worker.ready(bound)? else { return Ok(0) };
+        let mut count = 0;
+        serving.accept_each(|name, mut stream| {
+            count += 1;
+            let _ = stream.write_all(name.as_bytes());
+        })?;
+        Ok(count)
+    })
+}
+
+#[test]
+fn a_worker_serves_when_told_and_drains_its_queues_when_told_to_stop() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0;admin=tcp:[::1]:0");
+    let (bound, listen) = (worker.bind().unwrap(), worker.listen().len());
+    assert_eq!((bound.len(), listen), (2, 2));
+    let handing_over = thread::spawn(move || worker.ready(bound));
+    let handles = master.let_serve();
+    let serving = handing_over.join().unwrap().unwrap().unwrap();
+    // Both queues fill and `stop` waits in the channel before the worker accepts the first.
+    let mut clients: Vec<TcpStream> = (0..5).map(|_| connect(address(&handles[0]))).collect();
+    clients.extend((0..2).map(|_| connect(address(&handles[1]))));
+    master.say("stop", &[]);
+    serving.accept_each(|name, mut stream| stream.write_all(name.as_bytes()).unwrap()).unwrap();
+    let answers: Vec<String> = clients.into_iter().map(answer).collect();
+    assert_eq!(answers, ["http", "http", "http", "http", "http", "admin", "admin"]);
+    assert_eq!(master.hear().0, FromWorker::Drained);
+    let (http, admin) = (address(&handles[0]), address(&handles[1]));
+    drop(handles);
+    for closed in [http, admin] {
+        assert_eq!(TcpStream::connect(closed).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+}
+
+#[test]
+fn a_worker_takes_the_leftovers_of_a_dead_sibling() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    let worker = spawn(worker);
+    master.let_serve();
+    let sibling = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let dead = sibling.local_addr().unwrap();
+    let clients: Vec<TcpStream> = (0..3).map(|_| connect(dead)).collect();
+    master.say("take http", &[sibling.as_fd()]);
+    let taken = FromWorker::Taken { name: "http".to_owned(), count: 3 };
+    assert_eq!(master.hear().0, taken);
+    assert!(clients.into_iter().map(answer).all(|text| text == "http"));
+    drop(sibling);
+    assert!(TcpStream::connect(dead).is_err(), "the worker must have closed its descriptor");
+    master.say("take http", &[]);
+    assert!(matches!(master.hear().0, FromWorker::Error(text) if text.contains("no descriptor")));
+    master.say("stop", &[]);
+    assert_eq!(master.hear().0, FromWorker::Drained);
+    assert_eq!(worker.join().unwrap().unwrap(), 3);
+}
+
+#[test]
+fn a_worker_whose_master_is_gone_goes_on_serving() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    let _worker = spawn(worker);
+    let handles = master.let_serve();
+    master.say("take http", &[]);
+    drop(master); // with an unread answer: the worker sees ECONNRESET or the end, and both are the end
+    for _ in 0..3 {
+        assert_eq!(answer(connect(address(&handles[0]))), "http");
+    }
+}
+
+#[test]
+fn unknown_and_malformed_orders_are_answered_at_any_time() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    let worker = spawn(worker);
+    master.say("dance slowly", &[]);
+    let (ready, _handles) = master.hear();
+    assert_eq!(ready, FromWorker::Ready(vec!["http".to_owned()]));
+    assert_eq!(master.hear().0, FromWorker::Unknown("dance".to_owned()));
+    master.say("serve", &[]);
+    master.say("take", &[]);
+    assert_eq!(master.hear().0, FromWorker::Unknown("take".to_owned()));
+    master.say("\u{7f}", &[]);
+    master.say(&"a".repeat(4500), &[]);
+    master.say("unknown ready", &[]);
+    master.say("stop", &[]);
+    assert_eq!(master.hear().0, FromWorker::Drained);
+    worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_worker_stopped_before_it_served_has_nothing_to_do() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    assert_eq!((worker.generation(), worker.seat(), worker.workers()), (3, 1, 2));
+    master.say("stop", &[]);
+    assert!(worker.ready(Vec::new()).is_err(), "ready needs a socket");
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    master.say("stop", &[]);
+    let bound = worker.bind().unwrap();
+    assert!(worker.ready(bound).unwrap().is_none());
+    let (master_gone, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    drop(master_gone);
+    let bound = worker.bind().unwrap();
+    assert!(matches!(worker.ready(bound), Err(Error::MasterGone)));
+    drop(master);
+}
+
+#[test]
+fn orders_can_be_waited_for_and_looked_for() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    let bound = worker.bind().unwrap();
+    master.say("serve", &[]);
+    let mut orders = worker.ready(bound).unwrap().unwrap().orders;
+    assert!(orders.try_next_order().is_none());
+    master.say("stop", &[]);
+    assert!(matches!(orders.next_order(), Order::Stop));
+    orders.error("disk full").unwrap();
+    master.hear();
+    assert_eq!(master.hear().0, FromWorker::Error("disk full".to_owned()));
+    drop(master);
+    assert!(matches!(orders.try_next_order(), Some(Order::MasterGone)));
+    orders.drained().unwrap();
+}
+
+#[test]
+fn without_a_master_a_worker_listens_at_once() {
+    let listen = parse("http=tcp:127.0.0.1:0").unwrap();
+    let worker = Worker { generation: 0, seat: 0, workers: 1, listen, channel: None };
+    let mut defer = 0;
+    let bound = worker.bind_with(|listen, socket| {
+        defer += usize::from(listen.name == "http");
+        socket.set_keepalive(true)
+    });
+    let mut serving = worker.ready(bound.unwrap()).unwrap().unwrap();
+    assert_eq!(defer, 1);
+    assert!(serving.orders.try_next_order().is_none());
+    let (_, listener) = &serving.listeners[0];
+    let client = connect(listener.local_addr().unwrap());
+    assert_eq!(drain(listener, |mut stream| stream.write_all(b"hi").unwrap()).unwrap(), 1);
+    assert_eq!(answer(client), "hi");
+}
+
+#[test]
+fn an_address_that_is_taken_is_told_with_its_remedy() {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let (_master, worker) = Master::with_worker(&format!("http=tcp:{}", taken.local_addr().unwrap()));
+    let text = worker.bind().unwrap_err().to_string();
+    assert!(text.starts_with("bind listener http on 127.0.0.1:") && text.contains("SO_REUSEPORT"), "{text}");
+    let (_master, worker) = Master::with_worker("dns=udp:127.0.0.1:0");
+    assert!(matches!(worker.bind(), Err(Error::Protocol { .. })));
+}
+
+#[test]
+fn the_inherited_number_is_taken_over_only_if_it_is_a_channel() {
+    let (near, far) = seqpacket_pair().unwrap();
+    let number = far.into_raw_fd();
+    let channel = Channel::inherited(number).unwrap();
+    channel.send_error("here").unwrap();
+    assert_eq!(Master { channel: near }.hear().0, FromWorker::Error("here".to_owned()));
+    let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let refused = Channel::inherited(other.as_raw_fd()).unwrap_err().to_string();
+    assert!(refused.contains("REUSEPORTD_CHANNEL"), "{refused}");
+    assert!(other.local_addr().is_ok(), "what is no channel stays open");
+    assert!(Channel::inherited(1 << 20).is_err());
+}

@@ -1,0 +1,169 @@
+//! `reuseportd check`: would this config run on this machine? Looks, and touches nothing in use.
+
+use std::fmt::Write;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::sys::resource::{Resource, getrlimit};
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::thread::CapabilitySet;
+use socket2::{Domain, Socket, Type};
+
+use crate::config::{self, Config};
+
+/// What was found: errors stop a start, warnings cost something.
+#[derive(Debug, Default)]
+struct Findings {
+    errors: Vec<String>,
+    warnings: Vec<String>,
+}
+
+/// Prints findings on stderr and, when all is well, a summary on stdout. Exit code 2 for an invalid config, 1 when
+/// this machine can't run it, else 0.
+pub(crate) fn run(path: &Path) -> ExitCode {
+    let config = match config::load(path) {
+        Ok(config) => config,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::from(2);
+        }
+    };
+    let mut findings = Findings::default();
+    let executable = check_program(&config, &mut findings);
+    check_listen(&config, &mut findings);
+    check_limits(&config, &mut findings);
+    check_control(&config.control.socket, &mut findings);
+    for warning in &findings.warnings {
+        eprintln!("warning: {warning}");
+    }
+    for error in &findings.errors {
+        eprintln!("error: {error}");
+    }
+    if !findings.errors.is_empty() {
+        return ExitCode::FAILURE;
+    }
+    // A reader that has seen enough (`| head -1`) is no failure of the check.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), summary(path, &config, &executable).as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// The executable's path, for the summary.
+fn check_program(config: &Config, findings: &mut Findings) -> String {
+    if let Some(directory) = &config.app.working_directory {
+        let searchable = accessat(CWD, directory, Access::EXEC_OK, AtFlags::EACCESS);
+        if !directory.is_dir() {
+            findings.errors.push(format!("app.working_directory: {} is no directory", directory.display()));
+        } else if let Err(error) = searchable {
+            findings
+                .errors
+                .push(format!("app.working_directory: cannot enter {}: {error}", directory.display()));
+        }
+    }
+    let variables = config.app.variables().unwrap_or_else(|error| {
+        findings.errors.push(format!("app.environment_file: {error}"));
+        config.app.environment.clone()
+    });
+    match config::find_executable(&config.app, &variables) {
+        Ok(path) => path.display().to_string(),
+        Err(error) => {
+            findings.errors.push(format!("app.command: {error}"));
+            String::new()
+        }
+    }
+}
+
+fn check_listen(config: &Config, findings: &mut Findings) {
+    let first_free_port = sysctl("net/ipv4/ip_unprivileged_port_start");
+    let bind_service = rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
+    let queue_max = sysctl("net/core/somaxconn");
+    for listen in &config.listen {
+        let (name, address) = (&listen.name, listen.address);
+        if let Err(error) = probe_address(address) {
+            let remedy = match error.kind() {
+                ErrorKind::AddrNotAvailable => {
+                    ": no interface here has it (ip address; or sysctl net.ipv4.ip_nonlocal_bind)"
+                }
+                _ => "",
+            };
+            findings.errors.push(format!("listen {name:?}: cannot bind {}: {error}{remedy}", address.ip()));
+        }
+        if first_free_port.is_some_and(|first| u64::from(address.port()) < first) && !bind_service {
+            findings.warnings.push(format!(
+                "listen {name:?}: port {} needs CAP_NET_BIND_SERVICE, which this user lacks (or: sysctl -w net.ipv4.ip_unprivileged_port_start={})",
+                address.port(), address.port(),
+            ));
+        }
+        if let Some(max) = queue_max.filter(|max| *max < u64::from(listen.backlog)) {
+            findings.warnings.push(format!(
+                "listen {name:?}: the kernel cuts backlog {} to {max} (sysctl -w net.core.somaxconn={})",
+                listen.backlog, listen.backlog,
+            ));
+        }
+    }
+}
+
+/// Binds the address with a port the kernel chooses, so that no socket in use is met.
+fn probe_address(mut address: SocketAddr) -> std::io::Result<()> {
+    address.set_port(0);
+    Socket::new(Domain::for_address(address), Type::STREAM, None)?.bind(&address.into())
+}
+
+fn check_limits(config: &Config, findings: &mut Findings) {
+    for (resource, wanted) in &config.app.limits {
+        let Ok((_, hard)) = getrlimit(*resource) else { continue };
+        let may_raise = rustix::thread::capabilities(None)
+            .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE));
+        if *wanted > hard && !may_raise {
+            findings.warnings.push(format!(
+                "app.limits: {resource:?} = {wanted} is above the hard limit {hard} of this process (raise it with ulimit -H or LimitNOFILE= and its like in the unit)"
+            ));
+        }
+    }
+    // During an upgrade two generations are there, each worker with a few descriptors and its listeners' handles.
+    let per_worker = 4 + config.listen.len() as u64;
+    let wanted = 64 + 2 * u64::from(config.app.workers) * per_worker;
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && hard < wanted
+    {
+        findings.warnings.push(format!(
+            "the master may need {wanted} file descriptors in an upgrade, and the hard limit is {hard} (ulimit -Hn, LimitNOFILE=)"
+        ));
+    }
+}
+
+/// The directory is there and writable, or the nearest one above it is, so that it can be made.
+fn check_control(socket: &Path, findings: &mut Findings) {
+    let Some(nearest) = socket.ancestors().skip(1).find(|directory| directory.exists()) else { return };
+    let writable = accessat(CWD, nearest, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
+    let cause = match writable {
+        _ if !nearest.is_dir() => "not a directory".to_owned(),
+        Ok(()) => return,
+        Err(error) => error.to_string(),
+    };
+    findings.errors.push(format!(
+        "control.socket: cannot create {}: {}: {cause} (set control.socket to a place this user may write)",
+        socket.display(),
+        nearest.display()
+    ));
+}
+
+fn sysctl(name: &str) -> Option<u64> {
+    std::fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
+}
+
+fn summary(path: &Path, config: &Config, executable: &str) -> String {
+    let arguments = config.expand_command(1, 0).split_off(1);
+    let words = arguments.iter().map(|word| format!(" {word:?}")).collect::<String>();
+    let mut text = format!("{}: ok\n", path.display());
+    // Writing to a String can't fail.
+    let _ = writeln!(text, "  app      {}, {} workers", config.app.name, config.app.workers);
+    let _ = writeln!(text, "  command  {executable}{words}");
+    for listen in &config.listen {
+        let _ = writeln!(text, "  listen   {} {} (backlog {})", listen.name, listen.address, listen.backlog);
+    }
+    let _ = writeln!(text, "  control  {}", config.control.socket.display());
+    text
+}

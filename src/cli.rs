@@ -1,0 +1,247 @@
+//! The command line: words to an [`Action`]. Wrong usage ends the process with exit code 2, help and version with 0.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use tracing::Level;
+
+use crate::config::{self, ConfigErrors, LogFormat};
+
+const EXAMPLES: &str = "\
+Examples:
+  reuseportd --config app.toml                   run the service in the foreground
+  reuseportd check --config app.toml             look for mistakes, change nothing
+  kill -HUP PID                                  upgrade: new workers take over, no connection is lost
+  reuseportd upgrade --wait --config app.toml    the same, and say how it ended
+  reuseportd status --config app.toml            what runs now
+
+Signals: HUP upgrade; TERM, INT graceful stop (twice: at once); QUIT stop at once.
+
+Exit codes: 0 done; 1 failed, rolled back or refused; 2 wrong usage or invalid config;
+            3 no master reachable; 4 --timeout passed.";
+
+const UPGRADE_EXAMPLES: &str = "\
+Examples:
+  reuseportd upgrade --config app.toml                    trigger and return at once
+  reuseportd upgrade --wait --config app.toml             until no new connection can reach the old workers
+  reuseportd upgrade --wait=drained --timeout 5m --socket /run/reuseportd/web/control.sock
+                                                          until the last old worker is gone, 5 minutes at most
+
+Exit codes: 0 completed; 1 rolled back or refused; 2 wrong usage or invalid config;
+            3 no master reachable; 4 --timeout passed (the upgrade goes on).";
+
+/// Keeps a SO_REUSEPORT service running and replaces its program without losing a connection.
+///
+/// Without a subcommand: run the service described by --config in the foreground.
+#[derive(Debug, Parser)]
+#[command(name = "reuseportd", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+struct Cli {
+    /// The config file (TOML); subcommands find the master by it
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "socket")]
+    config: Option<PathBuf>,
+    /// The control socket of the master, instead of --config
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// How the master writes its log, whatever the config says
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+    /// How much the master logs, whatever the config says
+    #[arg(long, value_name = "LEVEL", value_parser = levels())]
+    log_level: Option<Level>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Validate the config and this machine: program, addresses, limits. Touches nothing in use
+    #[command(
+        after_help = "Exit codes: 0 all well (warnings included); 1 this machine can't run it; 2 invalid config."
+    )]
+    Check,
+    /// Show generations, workers, listeners, the engine and why, the last upgrade
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Replace the running workers by new ones, from the config and program as they are now
+    #[command(after_help = UPGRADE_EXAMPLES)]
+    Upgrade {
+        /// Stay until the old workers get no connections any more, or until they are gone
+        #[arg(long, value_enum, value_name = "FOR", num_args = 0..=1, require_equals = true,
+              default_missing_value = "retired")]
+        wait: Option<WaitFor>,
+        /// The receipt as JSON
+        #[arg(long)]
+        json: bool,
+        /// Stop waiting after this time, for example 90s or 5m
+        #[arg(long, value_name = "DURATION", requires = "wait", value_parser = config::parse_duration)]
+        timeout: Option<Duration>,
+    },
+    /// Stop the service gracefully: finish what is open, then end
+    Stop {
+        /// Stay until it has ended
+        #[arg(long)]
+        wait: bool,
+    },
+}
+
+/// How long `upgrade --wait` stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WaitFor {
+    /// Until no new connection can reach the old workers
+    Retired,
+    /// Until the last old worker is gone
+    Drained,
+}
+
+/// What the user wants.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    Run { config: PathBuf, log_format: Option<LogFormat>, log_level: Option<Level> },
+    Check { config: PathBuf },
+    Status { master: Master, json: bool },
+    Upgrade { master: Master, wait: Option<WaitFor>, json: bool, timeout: Option<Duration> },
+    Stop { master: Master, wait: bool },
+}
+
+/// Which master a client speaks to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Master {
+    OfConfig(PathBuf),
+    AtSocket(PathBuf),
+}
+
+impl Master {
+    /// The path of its control socket.
+    ///
+    /// # Errors
+    /// The config file does not tell.
+    pub(crate) fn socket(&self) -> Result<PathBuf, ConfigErrors> {
+        match self {
+            Master::OfConfig(path) => config::control_socket(path),
+            Master::AtSocket(path) => Ok(path.clone()),
+        }
+    }
+}
+
+/// Reads the command line; does not return when it is wrong or asks for help.
+pub(crate) fn parse() -> Action {
+    interpret(Cli::parse()).unwrap_or_else(|error| error.exit())
+}
+
+fn interpret(cli: Cli) -> Result<Action, clap::Error> {
+    let wrong = |kind, text: &str| Err(Cli::command().error(kind, text));
+    let Some(command) = cli.command else {
+        return match (cli.config, cli.socket) {
+            (Some(config), _) => {
+                Ok(Action::Run { config, log_format: cli.log_format, log_level: cli.log_level })
+            }
+            (None, Some(_)) => {
+                wrong(ErrorKind::MissingSubcommand, "--socket needs a subcommand: status, upgrade or stop")
+            }
+            (None, None) => {
+                wrong(ErrorKind::MissingRequiredArgument, "say what to run: reuseportd --config FILE")
+            }
+        };
+    };
+    if cli.log_format.is_some() || cli.log_level.is_some() {
+        let text = "--log-format and --log-level are for running the master, not for subcommands";
+        return wrong(ErrorKind::ArgumentConflict, text);
+    }
+    let missing = |text: &str| Cli::command().error(ErrorKind::MissingRequiredArgument, text);
+    // systemd sets RUNTIME_DIRECTORY for ExecReload= too, so that a unit can say `reuseportd upgrade --wait`.
+    let own_socket = || config::runtime_directory().map(|directory| directory.join("control.sock"));
+    let (config, socket) = (cli.config, cli.socket);
+    let master = |config: Option<PathBuf>| match (config, socket.or_else(own_socket)) {
+        (Some(config), _) => Ok(Master::OfConfig(config)),
+        (None, Some(socket)) => Ok(Master::AtSocket(socket)),
+        (None, None) => Err(missing("which master? name it by --config FILE or --socket PATH")),
+    };
+    Ok(match command {
+        Command::Check => Action::Check {
+            config: config.ok_or_else(|| missing("say what to check: reuseportd check --config FILE"))?,
+        },
+        Command::Status { json } => Action::Status { master: master(config)?, json },
+        Command::Upgrade { wait, json, timeout } => {
+            Action::Upgrade { master: master(config)?, wait, json, timeout }
+        }
+        Command::Stop { wait } => Action::Stop { master: master(config)?, wait },
+    })
+}
+
+fn levels() -> impl TypedValueParser<Value = Level> {
+    PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"])
+        .try_map(|word| word.parse::<Level>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &str) -> Result<Action, ErrorKind> {
+        let words = std::iter::once("reuseportd").chain(words.split_whitespace());
+        Cli::try_parse_from(words).and_then(interpret).map_err(|error| error.kind())
+    }
+
+    fn at_socket() -> Master {
+        Master::AtSocket("/s".into())
+    }
+
+    #[test]
+    fn clap_finds_the_definition_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_master_runs_without_a_subcommand() {
+        let run = |log_format, log_level| Ok(Action::Run { config: "a.toml".into(), log_format, log_level });
+        assert_eq!(parse("--config a.toml"), run(None, None));
+        assert_eq!(
+            parse("--config a.toml --log-format json --log-level debug"),
+            run(Some(LogFormat::Json), Some(Level::DEBUG))
+        );
+    }
+
+    #[test]
+    fn clients_find_the_master_wherever_the_flag_stands() {
+        let status = Ok(Action::Status { master: Master::OfConfig("a.toml".into()), json: true });
+        assert_eq!(parse("status --json --config a.toml"), status);
+        assert_eq!(parse("--config a.toml status --json"), status);
+        assert_eq!(parse("stop --wait --socket /s"), Ok(Action::Stop { master: at_socket(), wait: true }));
+    }
+
+    #[test]
+    fn waiting_has_a_default_and_needs_an_equals_sign_for_more() {
+        let upgrade = |wait, timeout| Ok(Action::Upgrade { master: at_socket(), wait, json: false, timeout });
+        assert_eq!(parse("upgrade --socket /s"), upgrade(None, None));
+        assert_eq!(parse("upgrade --wait --socket /s"), upgrade(Some(WaitFor::Retired), None));
+        assert_eq!(
+            parse("upgrade --wait=drained --timeout 90s --socket /s"),
+            upgrade(Some(WaitFor::Drained), Some(Duration::from_secs(90)))
+        );
+        assert_eq!(parse("upgrade --wait drained --socket /s"), Err(ErrorKind::UnknownArgument));
+        assert_eq!(parse("upgrade --timeout 90s --socket /s"), Err(ErrorKind::MissingRequiredArgument));
+        assert_eq!(parse("upgrade --wait --timeout 90 --socket /s"), Err(ErrorKind::ValueValidation));
+    }
+
+    #[test]
+    fn wrong_usage_is_told() {
+        for (words, kind) in [
+            ("", ErrorKind::MissingRequiredArgument),
+            ("--socket /s", ErrorKind::MissingSubcommand),
+            ("check", ErrorKind::MissingRequiredArgument),
+            ("check --socket /s", ErrorKind::MissingRequiredArgument),
+            ("status --config a --socket /s", ErrorKind::ArgumentConflict),
+            ("--log-level info status --socket /s", ErrorKind::ArgumentConflict),
+            ("--config a --log-format journal", ErrorKind::InvalidValue),
+            ("frobnicate", ErrorKind::InvalidSubcommand),
+        ] {
+            assert_eq!(parse(words), Err(kind), "{words}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! `[app]`: what a worker is.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use nix::sys::resource::Resource;
+use nix::sys::signal::Signal;
+use toml::Spanned;
+
+use super::command::{has_placeholder, unknown_placeholder};
+use super::environment_file::check_variable;
+use super::problems::{FILE_START, Problems};
+use super::schema::{self, Scalar};
+use super::socket_path::default_name;
+use super::suggest::did_you_mean;
+use super::values::{LIMITS, parse_mode, parse_name, parse_path, parse_stop_signal};
+use super::{App, Listen, Output};
+
+/// Checks the table; `path` is the config file, `listen` what placeholders may name.
+pub(super) fn resolve(
+    path: &Path,
+    raw: Option<&Spanned<schema::App>>,
+    listen: &[Listen],
+    problems: &mut Problems,
+) -> App {
+    let header = raw.map_or(FILE_START, Spanned::span);
+    let raw = raw.map(|app| app.get_ref().clone()).unwrap_or_default();
+    let name = match &raw.name {
+        Some(name) => problems.text("app.name", name, parse_name),
+        None => default_name(path)
+            .map_err(|said| problems.add("app.name", Some(header.clone()), said, "set app.name"))
+            .ok(),
+    };
+    let mut environment = BTreeMap::new();
+    for (name, value) in raw.environment {
+        if let Err(said) = check_variable(&name, value.get_ref()) {
+            problems.add(format!("app.environment.{name}"), Some(value.span()), said, "");
+        }
+        environment.insert(name, value.into_inner());
+    }
+    problems.choice("app.cpu_affinity", &raw.cpu_affinity, [("none", ()), ("seat", ())]);
+    App {
+        name: name.unwrap_or_default(),
+        command: command(&raw.command, header, listen, problems),
+        workers: workers(&raw.workers, problems),
+        working_directory: path_of("app.working_directory", &raw.working_directory, problems),
+        environment,
+        environment_file: path_of("app.environment_file", &raw.environment_file, problems),
+        umask: raw.umask.as_ref().and_then(|umask| problems.text("app.umask", umask, parse_mode)),
+        limits: limits(&raw.limits, problems),
+        no_new_privileges: raw.no_new_privileges.unwrap_or(true),
+        output: problems.choice(
+            "app.output",
+            &raw.output,
+            [("tag", Output::Tag), ("inherit", Output::Inherit)],
+        ),
+        stop_signal: raw
+            .stop_signal
+            .as_ref()
+            .and_then(|signal| problems.text("app.stop_signal", signal, parse_stop_signal))
+            .unwrap_or(Signal::SIGTERM),
+    }
+}
+
+fn command(
+    raw: &Option<Spanned<Vec<Spanned<String>>>>,
+    app: Range<usize>,
+    listen: &[Listen],
+    problems: &mut Problems,
+) -> Vec<String> {
+    const EXAMPLE: &str =
+        "the program and its arguments, for example command = [\"/srv/web/bin/web\", \"-q\"]";
+    let Some(raw) = raw else {
+        problems.add("app.command", Some(app), "missing", EXAMPLE);
+        return Vec::new();
+    };
+    match raw.get_ref().first() {
+        None => problems.add("app.command", Some(raw.span()), "empty", EXAMPLE),
+        Some(program) if program.get_ref().trim().is_empty() => {
+            problems.add("app.command[0]", Some(program.span()), "empty", EXAMPLE);
+        }
+        Some(program) if has_placeholder(program.get_ref()) => {
+            let help = "one executable is pinned for all workers of a generation: use placeholders in arguments only";
+            problems.add("app.command[0]", Some(program.span()), "a placeholder in the program's name", help);
+        }
+        Some(_) => {}
+    }
+    for (index, argument) in raw.get_ref().iter().enumerate() {
+        let key = format!("app.command[{index}]");
+        if argument.get_ref().contains('\0') {
+            problems.add(&key, Some(argument.span()), "contains a NUL character", "");
+        }
+        if let Some(slip) = unknown_placeholder(argument.get_ref(), listen) {
+            let mut known = vec!["generation".to_owned(), "seat".to_owned()];
+            for listen in listen {
+                known.extend(["address", "host", "port"].map(|what| format!("{what}.{}", listen.name)));
+            }
+            let hint = did_you_mean(slip, known.iter().map(String::as_str));
+            let allowed = known.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
+            let help = format!("{hint}known: {allowed}; write {{{{{slip}}}}} to pass {{{slip}}} on as it is");
+            problems.add(&key, Some(argument.span()), format!("unknown placeholder {{{slip}}}"), help);
+        }
+    }
+    raw.get_ref().iter().map(|argument| argument.get_ref().clone()).collect()
+}
+
+/// One worker per CPU this process may use, unless said otherwise.
+fn workers(raw: &Option<Spanned<Scalar>>, problems: &mut Problems) -> u16 {
+    const MAX: u32 = 1024;
+    let cpus = || std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MAX as usize));
+    let number = match raw {
+        None => cpus(),
+        Some(value) => match value.get_ref() {
+            Scalar::Word(word) if word == "cpus" => cpus(),
+            Scalar::Number(number) if (1..=i64::from(MAX)).contains(number) => {
+                usize::try_from(*number).unwrap_or_default()
+            }
+            other => {
+                let message = format!("{other} is not possible");
+                problems.add(
+                    "app.workers",
+                    Some(value.span()),
+                    message,
+                    format!("allowed: \"cpus\", or a number from 1 to {MAX}"),
+                );
+                1
+            }
+        },
+    };
+    u16::try_from(number).unwrap_or(1)
+}
+
+fn path_of(key: &str, raw: &Option<Spanned<String>>, problems: &mut Problems) -> Option<PathBuf> {
+    problems.text(key, raw.as_ref()?, parse_path)
+}
+
+fn limits(raw: &BTreeMap<String, Spanned<Scalar>>, problems: &mut Problems) -> Vec<(Resource, u64)> {
+    let mut limits = Vec::new();
+    for (name, value) in raw {
+        let key = format!("app.limits.{name}");
+        let known = LIMITS.iter().find(|(known, _)| known == name);
+        let number = match value.get_ref() {
+            Scalar::Number(number) => u64::try_from(*number).ok(),
+            Scalar::Word(word) => (word == "unlimited").then_some(u64::MAX),
+        };
+        match (known, number) {
+            (Some((_, resource)), Some(number)) => limits.push((*resource, number)),
+            (Some(_), None) => {
+                let message = format!("{} is not possible", value.get_ref());
+                problems.add(key, Some(value.span()), message, "allowed: a number from 0, or \"unlimited\"");
+            }
+            (None, _) => {
+                let names = LIMITS.iter().map(|(name, _)| *name);
+                let hint = did_you_mean(name, names.clone());
+                let help = format!("{}known here: {}", hint, names.collect::<Vec<_>>().join(", "));
+                problems.add(key, Some(value.span()), format!("unknown limit `{name}`"), help);
+            }
+        }
+    }
+    limits
+}

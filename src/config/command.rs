@@ -1,0 +1,160 @@
+//! Placeholders in `app.command`.
+//!
+//! `{generation}`, `{seat}`, `{address.NAME}`, `{host.NAME}` and `{port.NAME}` are filled in for each worker (NAME is
+//! the name of a `[[listen]]`). Anything else in braces that has the form of a placeholder (lower-case words and
+//! dots: `{sead}`) is a slip and refused; any other brace, as in JSON or shell code, stands for itself. To pass on
+//! the text `{seat}` itself, write `{{seat}}`.
+
+use super::{Config, Listen};
+
+/// A piece of an argument.
+#[derive(Debug, PartialEq, Eq)]
+enum Piece<'a> {
+    Literal(&'a str),
+    Placeholder(&'a str),
+}
+
+impl Config {
+    /// The worker's argv. The first word is the program as written, see [`super::find_executable`].
+    pub(crate) fn expand_command(&self, generation: u32, seat: u16) -> Vec<String> {
+        let fill =
+            |name: &str| value(name, &self.listen, generation, seat).unwrap_or_else(|| format!("{{{name}}}"));
+        let expand = |argument: &String| {
+            let pieces = pieces(argument).into_iter().map(|piece| match piece {
+                Piece::Literal(text) => text.to_owned(),
+                Piece::Placeholder(name) => fill(name),
+            });
+            pieces.collect()
+        };
+        self.app.command.iter().map(expand).collect()
+    }
+}
+
+/// The first placeholder of an argument that means nothing here.
+pub(super) fn unknown_placeholder<'a>(argument: &'a str, listen: &[Listen]) -> Option<&'a str> {
+    pieces(argument).into_iter().find_map(|piece| match piece {
+        Piece::Placeholder(name) if value(name, listen, 0, 0).is_none() => Some(name),
+        _ => None,
+    })
+}
+
+/// Whether there is anything to fill in.
+pub(super) fn has_placeholder(argument: &str) -> bool {
+    pieces(argument).iter().any(|piece| matches!(piece, Piece::Placeholder(_)))
+}
+
+fn value(name: &str, listen: &[Listen], generation: u32, seat: u16) -> Option<String> {
+    let (what, of) = name.split_once('.').unwrap_or((name, ""));
+    let address = || listen.iter().find(|listen| listen.name == of).map(|listen| listen.address);
+    match (what, of) {
+        ("generation", "") => Some(generation.to_string()),
+        ("seat", "") => Some(seat.to_string()),
+        ("address", _) => address().map(|address| address.to_string()),
+        ("host", _) => address().map(|address| address.ip().to_string()),
+        ("port", _) => address().map(|address| address.port().to_string()),
+        _ => None,
+    }
+}
+
+fn pieces(argument: &str) -> Vec<Piece<'_>> {
+    let mut pieces = Vec::new();
+    let mut rest = argument;
+    while let Some(open) = rest.find('{') {
+        let (before, braced) = rest.split_at(open);
+        pieces.push(Piece::Literal(before));
+        let escaped = braced
+            .strip_prefix("{{")
+            .and_then(word)
+            .filter(|word| braced[2 + word.len()..].starts_with("}}"));
+        if let Some(word) = escaped {
+            let inner = word.len() + 2;
+            pieces.push(Piece::Literal(&braced[1..1 + inner]));
+            rest = &braced[inner + 2..];
+        } else if let Some(word) = word(&braced[1..]) {
+            pieces.push(Piece::Placeholder(word));
+            rest = &braced[word.len() + 2..];
+        } else {
+            pieces.push(Piece::Literal("{"));
+            rest = &braced[1..];
+        }
+    }
+    pieces.push(Piece::Literal(rest));
+    pieces
+}
+
+/// What stands before the next `}`, if it has the form of a placeholder.
+fn word(text: &str) -> Option<&str> {
+    let word = text.split_once('}')?.0;
+    let (what, of) = word.split_once('.').unwrap_or((word, "x"));
+    let name = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+    let good = what.starts_with(|first: char| first.is_ascii_lowercase())
+        && what.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'_'))
+        && !of.is_empty()
+        && of.bytes().all(name);
+    good.then_some(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listen() -> Vec<Listen> {
+        vec![Listen { name: "http".into(), address: "[::1]:80".parse().unwrap(), backlog: 1 }]
+    }
+
+    fn expand(argument: &str) -> String {
+        let fill = |name| value(name, &listen(), 7, 3).unwrap_or_else(|| format!("<{name}?>"));
+        let pieces = pieces(argument).into_iter().map(|piece| match piece {
+            Piece::Literal(text) => text.to_owned(),
+            Piece::Placeholder(name) => fill(name),
+        });
+        pieces.collect()
+    }
+
+    #[test]
+    fn placeholders_are_filled_in() {
+        for (written, filled) in [
+            ("", ""),
+            ("-q", "-q"),
+            ("g{generation}s{seat}", "g7s3"),
+            ("{address.http}", "[::1]:80"),
+            ("{host.http} {port.http}", "::1 80"),
+            ("{{seat}}", "{seat}"),
+            ("${{home}}", "${home}"),
+            ("{{{seat}}}", "{{seat}}"),
+        ] {
+            assert_eq!(expand(written), filled, "{written}");
+        }
+    }
+
+    #[test]
+    fn other_braces_stand_for_themselves() {
+        for text in [
+            "{",
+            "}",
+            "{}",
+            r#"{"a":{"b":1}}"#,
+            "${HOME}",
+            "f() { echo; }",
+            "{a,b}",
+            "{{.Name}}",
+            "{ seat }",
+            "é{ü}",
+        ] {
+            assert_eq!(expand(text), text);
+            assert_eq!(unknown_placeholder(text, &listen()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn slips_are_found() {
+        for (text, slip) in [
+            ("{sead}", "sead"),
+            ("x{port.https}y", "port.https"),
+            ("{seat.http}", "seat.http"),
+            ("{address}", "address"),
+        ] {
+            assert_eq!(unknown_placeholder(text, &listen()), Some(slip));
+        }
+    }
+}

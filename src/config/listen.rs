@@ -1,0 +1,185 @@
+//! `[[listen]]`: addresses that can be owned by workers and steered, and that keep out of each other's way.
+
+use std::net::{IpAddr, SocketAddr};
+
+use toml::Spanned;
+
+use super::Listen;
+use super::problems::{FILE_START, Problems};
+use super::schema;
+use super::unsupported::NOT_YET;
+use super::values::{Refused, parse_name, refused};
+
+/// Each costs every worker a descriptor and a socket; more is a slip.
+const LISTEN_MAX: usize = 256;
+
+/// Checks all entries, each by itself and then against each other.
+pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) -> Vec<Listen> {
+    if raw.is_empty() {
+        problems.add(
+            "listen",
+            Some(FILE_START),
+            "missing",
+            "say where workers listen:\n[[listen]]\naddress = \"0.0.0.0:8080\"",
+        );
+    }
+    if let Some(first_too_many) = raw.get(LISTEN_MAX) {
+        let message = format!("more than {LISTEN_MAX} [[listen]]");
+        problems.add(
+            "listen",
+            Some(first_too_many.span()),
+            message,
+            "each worker owns a listener on each of them",
+        );
+    }
+    let mut all: Vec<Listen> = Vec::new();
+    for (index, entry) in raw.iter().take(LISTEN_MAX).enumerate() {
+        let Some(listen) = resolve_one(&format!("listen[{index}]"), entry, problems) else { continue };
+        let (raw, span) = (entry.get_ref(), entry.span());
+        if all.iter().any(|other| other.name == listen.name) {
+            let place = raw.name.as_ref().map_or(span.clone(), Spanned::span);
+            let message = format!("{:?} is taken by another [[listen]]", listen.name);
+            problems.add(
+                format!("listen[{index}].name"),
+                Some(place),
+                message,
+                "give each [[listen]] its own name",
+            );
+        }
+        if let Some((other, why)) =
+            all.iter().find_map(|other| clash(other.address, listen.address).map(|why| (other, why)))
+        {
+            let place = raw.address.as_ref().map_or(span, Spanned::span);
+            let message =
+                format!("{} and {} (listen {:?}) overlap", listen.address, other.address, other.name);
+            problems.add(format!("listen[{index}].address"), Some(place), message, why);
+        }
+        all.push(listen);
+    }
+    all
+}
+
+fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Problems) -> Option<Listen> {
+    let raw = entry.get_ref();
+    problems.choice(&format!("{key}.protocol"), &raw.protocol, [("tcp", ()), ("udp", ())]);
+    problems.choice(&format!("{key}.bind"), &raw.bind, [("worker", ()), ("master", ())]);
+    problems.choice(&format!("{key}.affinity"), &raw.affinity, [("none", ()), ("flow", ())]);
+    problems.wait(&format!("{key}.flow_timeout"), &raw.flow_timeout, std::time::Duration::from_secs(120));
+    let backlog = problems.number(&format!("{key}.backlog"), &raw.backlog, 1..=i32::MAX.unsigned_abs(), 4096);
+    let name = match &raw.name {
+        Some(name) => problems.text(&format!("{key}.name"), name, parse_name),
+        None => Some("default".to_owned()),
+    };
+    let address_key = format!("{key}.address");
+    let Some(address) = &raw.address else {
+        problems.add(address_key, Some(entry.span()), "missing", "for example address = \"0.0.0.0:8080\"");
+        return None;
+    };
+    let address = problems.text(&address_key, address, parse_address)?;
+    Some(Listen { name: name?, address, backlog })
+}
+
+/// Reads `"0.0.0.0:8080"` or `"[::]:8080"`.
+fn parse_address(text: &str) -> Result<SocketAddr, Refused> {
+    if text.starts_with("unix:") {
+        let help = "unix sockets will need bind = \"master\"; use an IP address";
+        return Err(refused(text, &format!("is {NOT_YET}"), help));
+    }
+    let Ok(address) = text.parse::<SocketAddr>() else {
+        let hint = near_address(text).map(|near| format!("did you mean \"{near}\"? ")).unwrap_or_default();
+        let help = format!("{hint}allowed: \"IPV4:PORT\" or \"[IPV6]:PORT\", no host names");
+        return Err(refused(text, "is not an address", help));
+    };
+    let ip = address.ip();
+    if address.port() == 0 {
+        let help = "each worker would get a port of its own, with no group to steer: choose one, 1 to 65535";
+        return Err(refused(text, "has port 0", help));
+    }
+    if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) {
+        return Err(refused(text, "is no address of one host", "no TCP listener can bind it"));
+    }
+    if ip != ip.to_canonical() {
+        let canonical = SocketAddr::new(ip.to_canonical(), address.port());
+        return Err(refused(text, "is an IPv4 address in IPv6 dress", format!("write \"{canonical}\"")));
+    }
+    Ok(address)
+}
+
+/// The address somebody had in mind who wrote `8080`, `:8080`, `localhost:8080`, `*:8080` or `::1:8080`.
+fn near_address(text: &str) -> Option<SocketAddr> {
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    let port: u16 = port.parse().ok().filter(|port| *port > 0)?;
+    let host = match host {
+        "" | "*" => "0.0.0.0",
+        "localhost" => "127.0.0.1",
+        host => host,
+    };
+    Some(SocketAddr::new(host.parse().ok()?, port))
+}
+
+/// Why two addresses can't be steered apart: the kernel delivers to the more specific group first.
+fn clash(a: SocketAddr, b: SocketAddr) -> Option<&'static str> {
+    let any = |ip: IpAddr| ip.is_unspecified();
+    if a.port() != b.port() {
+        None
+    } else if a == b {
+        Some("each address belongs to one [[listen]]: remove one of them")
+    } else if a.ip() == b.ip() {
+        None // link-local addresses of different interfaces
+    } else if a.is_ipv4() == b.is_ipv4() && (any(a.ip()) || any(b.ip())) {
+        Some(
+            "the wildcard takes that address too, so the traffic of one would go to the other: keep the wildcard, or list the addresses one by one",
+        )
+    } else if [a, b].iter().any(|address| address.is_ipv6() && any(address.ip())) {
+        Some("[::] takes IPv4 connections too: keep [::] alone, or list the addresses one by one")
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_overlap() {
+        let clash = |a: &str, b: &str| clash(a.parse().unwrap(), b.parse().unwrap()).is_some();
+        for (a, b) in [
+            ("0.0.0.0:80", "0.0.0.0:80"),
+            ("0.0.0.0:80", "127.0.0.1:80"),
+            ("[::]:80", "0.0.0.0:80"),
+            ("[::]:80", "127.0.0.1:80"),
+            ("[::]:80", "[::1]:80"),
+        ] {
+            assert!(clash(a, b) && clash(b, a), "{a} {b}");
+        }
+        for (a, b) in [
+            ("0.0.0.0:80", "0.0.0.0:81"),
+            ("127.0.0.1:80", "127.0.0.2:80"),
+            ("0.0.0.0:80", "[::1]:80"),
+            ("[fe80::1%1]:80", "[fe80::1%2]:80"),
+        ] {
+            assert!(!clash(a, b) && !clash(b, a), "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn wrong_addresses_are_told_with_the_right_one() {
+        for (written, said) in [
+            ("8080", "did you mean \"0.0.0.0:8080\""),
+            (":8080", "did you mean \"0.0.0.0:8080\""),
+            ("localhost:80", "did you mean \"127.0.0.1:80\""),
+            ("::1:80", "did you mean \"[::1]:80\""),
+            ("example.org:80", "no host names"),
+            ("0.0.0.0:0", "port 0"),
+            ("0.0.0.0:65536", "not an address"),
+            ("224.0.0.1:80", "no TCP listener"),
+            ("[::ffff:1.2.3.4]:80", "write \"1.2.3.4:80\""),
+            ("unix:/run/x.sock", NOT_YET),
+        ] {
+            let error = parse_address(written).unwrap_err().to_string();
+            assert!(error.contains(said), "{written}: {error}");
+        }
+        assert_eq!(parse_address("[::]:80"), Ok("[::]:80".parse().unwrap()));
+    }
+}

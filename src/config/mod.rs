@@ -1,0 +1,214 @@
+//! The config file: TOML in, a [`Config`] of checked, plain values out, or every reason why not.
+//!
+//! Three steps, each of which reports all it can before the next one starts: syntax (`toml`, recovering),
+//! shape (`schema`, through serde: unknown keys and wrong types), meaning (`resolve`: values, and keys that
+//! must agree with each other). A key whose feature is not built yet is refused (`unsupported`), never ignored.
+
+mod app;
+mod command;
+mod diagnose;
+mod environment_file;
+mod executable;
+mod listen;
+mod problems;
+mod resolve;
+mod schema;
+mod socket_path;
+mod source;
+mod suggest;
+#[cfg(test)]
+mod tests;
+mod unsupported;
+mod values;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::resource::Resource;
+use nix::sys::signal::Signal;
+
+pub(crate) use self::diagnose::ConfigErrors;
+pub(crate) use self::executable::find_executable;
+pub(crate) use self::socket_path::runtime_directory;
+pub(crate) use self::values::parse_duration;
+
+/// A whole config file, checked. Relative paths have been made absolute against the current directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Config {
+    /// The file this was read from, absolute; an upgrade reads it again.
+    pub(crate) path: PathBuf,
+    pub(crate) app: App,
+    /// At least one; names are unique, and no two addresses overlap.
+    pub(crate) listen: Vec<Listen>,
+    pub(crate) steering: Steering,
+    pub(crate) readiness: Readiness,
+    pub(crate) upgrade: Upgrade,
+    pub(crate) restart: Restart,
+    pub(crate) control: Control,
+    pub(crate) log: Log,
+}
+
+/// `[app]`: what a worker is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct App {
+    pub(crate) name: String,
+    /// argv as written, placeholders included; never empty. [`Config::expand_command`] fills them in.
+    pub(crate) command: Vec<String>,
+    /// Seats per generation, 1 to 1024; `"cpus"` has been resolved.
+    pub(crate) workers: u16,
+    pub(crate) working_directory: Option<PathBuf>,
+    pub(crate) environment: BTreeMap<String, String>,
+    /// Read at each launch of a generation, with [`App::variables`].
+    pub(crate) environment_file: Option<PathBuf>,
+    pub(crate) umask: Option<u32>,
+    /// Soft and hard limit alike; `u64::MAX` is "unlimited".
+    pub(crate) limits: Vec<(Resource, u64)>,
+    pub(crate) no_new_privileges: bool,
+    pub(crate) output: Output,
+    pub(crate) stop_signal: Signal,
+}
+
+/// Where a worker's stdout and stderr go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// Through the master, each line tagged with generation, seat and pid.
+    Tag,
+    /// Straight to the master's own stdout and stderr.
+    Inherit,
+}
+
+/// One `[[listen]]`: an address every worker must own a TCP listener on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Listen {
+    pub(crate) name: String,
+    /// The port is never 0.
+    pub(crate) address: SocketAddr,
+    /// The limit of the accept queue as the worker asks for it in `listen()`; 1 to `i32::MAX`.
+    pub(crate) backlog: u32,
+}
+
+/// `[steering]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Steering {
+    pub(crate) engine: EngineChoice,
+}
+
+/// Which engine the user asked for; what is in force is decided at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EngineChoice {
+    Auto,
+    Ebpf,
+    Cbpf,
+    None,
+}
+
+/// `[readiness]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Readiness {
+    pub(crate) method: ReadinessMethod,
+}
+
+/// How a worker is known to be ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ReadinessMethod {
+    /// It sends `READY=1` (or says so over the handover channel).
+    Notify,
+    /// It owns its listeners and accepted an empty connection steered to it.
+    Listen,
+}
+
+/// `[upgrade]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Upgrade {
+    /// From spawn to ready, above zero.
+    pub(crate) ready_timeout: Duration,
+    /// How long begun handshakes may take; `None` leaves it to the engine. Never longer than `drain_timeout`.
+    pub(crate) settle_timeout: Option<Duration>,
+    pub(crate) stop_when: StopWhen,
+    pub(crate) idle_timeout: Duration,
+    /// From the switch to SIGKILL, above zero.
+    pub(crate) drain_timeout: Duration,
+    /// Old generations that may drain at the same time, at least 1.
+    pub(crate) max_draining: u16,
+}
+
+/// When a retired worker gets its stop signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StopWhen {
+    /// When its accept queue is empty.
+    Drained,
+    /// When its open connections are gone too (bounded by `idle_timeout`).
+    Idle,
+    /// Idle for unmodified workers, drained for handover workers.
+    Auto,
+}
+
+/// `[restart]`: respawns outside of upgrades.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Restart {
+    /// The first delay, above zero; doubles up to `backoff_max`.
+    pub(crate) backoff: Duration,
+    pub(crate) backoff_max: Duration,
+    pub(crate) stable_after: Duration,
+    pub(crate) breaker: Breaker,
+}
+
+/// Too many exits within a window stop the respawns for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Breaker {
+    /// 1 to 1000.
+    pub(crate) exits: u16,
+    pub(crate) window: Duration,
+    pub(crate) cooldown: Duration,
+}
+
+/// `[control]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Control {
+    /// Absolute, and short enough for `sockaddr_un`.
+    pub(crate) socket: PathBuf,
+    /// File mode of the socket.
+    pub(crate) mode: u32,
+    /// Uids allowed besides root and the master's own.
+    pub(crate) allow_users: Vec<u32>,
+}
+
+/// `[log]`; the command line may override both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Log {
+    pub(crate) format: LogFormat,
+    pub(crate) level: tracing::Level,
+}
+
+/// How the master writes its own log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Text on a terminal or under systemd, JSON elsewhere.
+    Auto,
+    /// One readable line per fact.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Reads, parses and checks the config file.
+///
+/// # Errors
+/// Everything that is wrong with it, each with its place in the file.
+pub(crate) fn load(path: &Path) -> Result<Config, ConfigErrors> {
+    let text = source::read(path)?;
+    let raw = schema::parse(path, &text)?;
+    resolve::resolve(path, &text, &raw)
+}
+
+/// Where the master of this config file listens for control clients. Looks at nothing but `app.name` and
+/// `control.socket`, so that a master can be reached while its config file is being edited or is broken.
+///
+/// # Errors
+/// The file can't be read, or one of these two keys is unusable.
+pub(crate) fn control_socket(path: &Path) -> Result<PathBuf, ConfigErrors> {
+    let text = source::read(path)?;
+    socket_path::from_text(path, &text)
+}

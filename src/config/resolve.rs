@@ -1,0 +1,190 @@
+//! What was typed to what is meant: every value parsed, every default filled in, keys held against each other.
+
+use std::path::Path;
+use std::time::Duration;
+
+use toml::Spanned;
+
+use super::problems::Problems;
+use super::schema::{self, Raw, Scalar};
+use super::values::{parse_mode, parse_share};
+use super::*;
+use super::{app, listen, socket_path, unsupported};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Checks the whole file.
+pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, ConfigErrors> {
+    let mut problems = Problems::default();
+    let listen = listen::resolve(&raw.listen, &mut problems);
+    let app = app::resolve(path, raw.app.as_ref(), &listen, &mut problems);
+    let steering = steering(&raw.steering, &mut problems);
+    let readiness = readiness(&raw.readiness, &mut problems);
+    let upgrade = upgrade(&raw.upgrade, &mut problems);
+    let restart = restart(&raw.restart, &mut problems);
+    let control = control(&raw.control, &app.name, &mut problems);
+    let log = log(&raw.log, &mut problems);
+    problems.wait("watchdog.timeout", &raw.watchdog.timeout, SECOND);
+    unsupported::refuse(raw, &mut problems);
+    if problems.is_empty() {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Ok(Config { path, app, listen, steering, readiness, upgrade, restart, control, log })
+    } else {
+        Err(ConfigErrors::new(path, text, problems))
+    }
+}
+
+fn steering(raw: &schema::Steering, problems: &mut Problems) -> Steering {
+    use EngineChoice::{Auto, Cbpf, Ebpf, None};
+    problems.choice("steering.policy", &raw.policy, [("hash", ()), ("cpu", ())]);
+    let engines = [("auto", Auto), ("ebpf", Ebpf), ("cbpf", Cbpf), ("none", None)];
+    Steering { engine: problems.choice("steering.engine", &raw.engine, engines) }
+}
+
+fn readiness(raw: &schema::Readiness, problems: &mut Problems) -> Readiness {
+    use ReadinessMethod::{Listen, Notify};
+    problems.number("readiness.passes", &raw.passes, 1..=1000, 2);
+    problems.wait("readiness.interval", &raw.interval, SECOND);
+    // The probe is refused as not supported; until then it needs no variant of its own.
+    let methods = [("notify", Notify), ("listen", Listen), ("http", Notify)];
+    Readiness { method: problems.choice("readiness.method", &raw.method, methods) }
+}
+
+fn upgrade(raw: &schema::Upgrade, problems: &mut Problems) -> Upgrade {
+    check_later_upgrade_keys(raw, problems);
+    let drain_timeout = problems.wait("upgrade.drain_timeout", &raw.drain_timeout, 60 * SECOND);
+    let mut within_drain = |key: &str, value: &Option<Spanned<String>>, default| {
+        let time = problems.duration(key, value, default);
+        if let Some(value) = value.as_ref().filter(|_| time > drain_timeout) {
+            let message =
+                format!("{:?} is longer than upgrade.drain_timeout ({drain_timeout:?})", value.get_ref());
+            problems.add(
+                key,
+                Some(value.span()),
+                message,
+                "workers are killed after drain_timeout: make this shorter, or that longer",
+            );
+        }
+        time
+    };
+    let settle_timeout = within_drain("upgrade.settle_timeout", &raw.settle_timeout, Duration::ZERO);
+    let idle_timeout = within_drain("upgrade.idle_timeout", &raw.idle_timeout, 2 * SECOND);
+    let stop_when = [("auto", StopWhen::Auto), ("drained", StopWhen::Drained), ("idle", StopWhen::Idle)];
+    let max_draining = problems.number("upgrade.max_draining", &raw.max_draining, 1..=1024, 4);
+    Upgrade {
+        ready_timeout: problems.wait("upgrade.ready_timeout", &raw.ready_timeout, 60 * SECOND),
+        settle_timeout: raw.settle_timeout.is_some().then_some(settle_timeout),
+        stop_when: problems.choice("upgrade.stop_when", &raw.stop_when, stop_when),
+        idle_timeout,
+        drain_timeout,
+        max_draining: u16::try_from(max_draining).unwrap_or(u16::MAX),
+    }
+}
+
+/// Values of keys that `unsupported` refuses: a slip in them is told first, so that the file is right one day.
+fn check_later_upgrade_keys(raw: &schema::Upgrade, problems: &mut Problems) {
+    problems.duration("upgrade.bake", &raw.bake, Duration::ZERO);
+    problems.wait("upgrade.check_interval", &raw.check_interval, SECOND);
+    if let Some(batch) = &raw.batch
+        && !matches!(batch.get_ref(), Scalar::Word(word) if word == "all")
+        && !matches!(batch.get_ref(), Scalar::Number(1..=1024))
+    {
+        let message = format!("{} is not possible", batch.get_ref());
+        problems.add(
+            "upgrade.batch",
+            Some(batch.span()),
+            message,
+            "allowed: \"all\", or a number from 1 to 1024",
+        );
+    }
+    for (index, step) in raw.canary.iter().flat_map(|steps| steps.get_ref()).enumerate() {
+        let (key, step, place) = (format!("upgrade.canary[{index}]"), step.get_ref(), step.span());
+        problems.duration(&format!("{key}.hold"), &step.hold, Duration::ZERO);
+        match &step.share {
+            Some(share) => drop(problems.text(&format!("{key}.share"), share, parse_share)),
+            None => {
+                problems.add(format!("{key}.share"), Some(place), "missing", "for example share = \"5%\"")
+            }
+        }
+    }
+}
+
+fn restart(raw: &schema::Restart, problems: &mut Problems) -> Restart {
+    let backoff = problems.wait("restart.backoff", &raw.backoff, SECOND / 10);
+    let backoff_max = problems.wait("restart.backoff_max", &raw.backoff_max, 10 * SECOND);
+    if backoff > backoff_max {
+        let place = raw.backoff.as_ref().or(raw.backoff_max.as_ref()).map(Spanned::span);
+        let message = format!("{backoff:?} is longer than restart.backoff_max ({backoff_max:?})");
+        problems.add(
+            "restart.backoff",
+            place,
+            message,
+            "the delay begins with backoff and doubles up to backoff_max",
+        );
+    }
+    let breaker = &raw.breaker;
+    let exits = problems.number("restart.breaker.exits", &breaker.exits, 1..=1000, 10);
+    Restart {
+        backoff,
+        backoff_max,
+        stable_after: problems.duration("restart.stable_after", &raw.stable_after, 10 * SECOND),
+        breaker: Breaker {
+            exits: u16::try_from(exits).unwrap_or(u16::MAX),
+            window: problems.wait("restart.breaker.window", &breaker.window, 60 * SECOND),
+            cooldown: problems.wait("restart.breaker.cooldown", &breaker.cooldown, 60 * SECOND),
+        },
+    }
+}
+
+fn control(raw: &schema::Control, app: &str, problems: &mut Problems) -> Control {
+    let socket = socket_path::resolve(&raw.socket, app, problems);
+    let mut allow_users = Vec::new();
+    for (index, user) in raw.allow_users.iter().enumerate() {
+        match uid(user.get_ref()) {
+            Ok(uid) => allow_users.push(uid),
+            Err(said) => problems.add(
+                format!("control.allow_users[{index}]"),
+                Some(user.span()),
+                said,
+                "allowed: user names and uids of this machine",
+            ),
+        }
+    }
+    // With guests the credentials decide, so that the mode must let everybody knock.
+    let default = if allow_users.is_empty() { 0o600 } else { 0o666 };
+    let mode = raw.mode.as_ref().and_then(|mode| problems.text("control.mode", mode, parse_mode));
+    Control { socket, mode: mode.unwrap_or(default), allow_users }
+}
+
+fn uid(user: &Scalar) -> Result<u32, String> {
+    let unknown = || format!("there is no user {user}");
+    match user {
+        Scalar::Number(uid) => u32::try_from(*uid).map_err(|_| unknown()),
+        Scalar::Word(name) => match nix::unistd::User::from_name(name) {
+            Ok(Some(user)) => Ok(user.uid.as_raw()),
+            Ok(None) => name.parse().map_err(|_| unknown()),
+            Err(error) => Err(format!("cannot look up user {name:?}: {error}")),
+        },
+    }
+}
+
+fn log(raw: &schema::Log, problems: &mut Problems) -> Log {
+    use tracing::Level;
+    let formats = [
+        ("auto", LogFormat::Auto),
+        ("text", LogFormat::Text),
+        ("json", LogFormat::Json),
+        ("journal", LogFormat::Auto),
+    ];
+    let levels = [
+        ("info", Level::INFO),
+        ("error", Level::ERROR),
+        ("warn", Level::WARN),
+        ("debug", Level::DEBUG),
+        ("trace", Level::TRACE),
+    ];
+    Log {
+        format: problems.choice("log.format", &raw.format, formats),
+        level: problems.choice("log.level", &raw.level, levels),
+    }
+}

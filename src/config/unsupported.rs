@@ -1,0 +1,112 @@
+//! What the contract has and this version does not yet. Refused, so that nobody relies on a key without effect;
+//! a key set to its default asks for nothing and is accepted.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use toml::Spanned;
+
+use super::problems::Problems;
+use super::schema::{Listen, Raw, Scalar};
+use super::values::parse_duration;
+
+/// What is said of each.
+pub(super) const NOT_YET: &str = "not supported yet";
+
+/// The place of the value, when it asks for something.
+type Asked = Option<Range<usize>>;
+
+/// Adds a finding for every key in use whose feature is missing.
+pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
+    let app = raw.app.as_ref().map(|app| app.get_ref().clone()).unwrap_or_default();
+    let (readiness, upgrade) = (&raw.readiness, &raw.upgrade);
+    let table: [(&str, Asked, &str); 17] = [
+        ("app.user", set(&app.user), "run reuseportd itself as that user"),
+        ("app.group", set(&app.group), "run reuseportd itself with that group"),
+        (
+            "app.capabilities",
+            not_empty(&app.capabilities),
+            "leave it out: workers keep the capabilities of reuseportd",
+        ),
+        ("app.cpu_affinity", other_than(&app.cpu_affinity, "none"), "leave it out, or write \"none\""),
+        ("steering.policy", other_than(&raw.steering.policy, "hash"), "leave it out, or write \"hash\""),
+        ("readiness.method", only(&readiness.method, "http"), "use \"notify\" or \"listen\""),
+        ("readiness.path", other_than(&readiness.path, "/healthz"), "leave it out"),
+        ("readiness.passes", other_number(&readiness.passes, 2), "leave it out"),
+        ("readiness.interval", other_time(&readiness.interval, 200), "leave it out"),
+        ("upgrade.batch", other_word(&upgrade.batch, "all"), "leave it out, or write \"all\""),
+        ("upgrade.canary", not_empty(&upgrade.canary), "leave it out"),
+        ("upgrade.bake", other_time(&upgrade.bake, 0), "leave it out, or write \"0s\""),
+        ("upgrade.check", not_empty(&upgrade.check), "leave it out"),
+        ("upgrade.check_interval", other_time(&upgrade.check_interval, 2000), "leave it out"),
+        ("watchdog.timeout", set(&raw.watchdog.timeout), "leave [watchdog] out"),
+        ("console.listen", set(&raw.console.listen), "leave [console] out"),
+        (
+            "log.format",
+            only(&raw.log.format, "journal"),
+            "use \"auto\": under systemd it reaches the journal",
+        ),
+    ];
+    for (key, asked, help) in table {
+        refuse_one(key, asked, help, problems);
+    }
+    for (index, listen) in raw.listen.iter().enumerate() {
+        for (key, asked, help) in of_listen(listen.get_ref()) {
+            refuse_one(&format!("listen[{index}].{key}"), asked, help, problems);
+        }
+    }
+}
+
+fn of_listen(listen: &Listen) -> [(&'static str, Asked, &'static str); 6] {
+    [
+        ("protocol", other_than(&listen.protocol, "tcp"), "leave it out, or write \"tcp\""),
+        ("bind", other_than(&listen.bind, "worker"), "leave it out: workers bind the address themselves"),
+        (
+            "v6only",
+            listen.v6only.as_ref().filter(|value| *value.get_ref()).map(Spanned::span),
+            "leave it out",
+        ),
+        (
+            "force_reuseport",
+            listen.force_reuseport.as_ref().filter(|value| *value.get_ref()).map(Spanned::span),
+            "leave it out: the program sets SO_REUSEPORT itself",
+        ),
+        ("affinity", other_than(&listen.affinity, "none"), "leave it out, or write \"none\""),
+        ("flow_timeout", other_time(&listen.flow_timeout, 120_000), "leave it out"),
+    ]
+}
+
+fn refuse_one(key: &str, asked: Asked, help: &str, problems: &mut Problems) {
+    if asked.is_some() {
+        problems.add(key, asked, NOT_YET, help);
+    }
+}
+
+fn set<T>(value: &Option<Spanned<T>>) -> Asked {
+    value.as_ref().map(Spanned::span)
+}
+
+fn not_empty<T>(value: &Option<Spanned<Vec<T>>>) -> Asked {
+    value.as_ref().filter(|list| !list.get_ref().is_empty()).map(Spanned::span)
+}
+
+fn only(value: &Option<Spanned<String>>, word: &str) -> Asked {
+    value.as_ref().filter(|value| value.get_ref() == word).map(Spanned::span)
+}
+
+fn other_than(value: &Option<Spanned<String>>, default: &str) -> Asked {
+    value.as_ref().filter(|value| value.get_ref() != default).map(Spanned::span)
+}
+
+fn other_time(value: &Option<Spanned<String>>, default_ms: u64) -> Asked {
+    let default = Ok(Duration::from_millis(default_ms));
+    value.as_ref().filter(|value| parse_duration(value.get_ref()) != default).map(Spanned::span)
+}
+
+fn other_number(value: &Option<Spanned<Scalar>>, default: i64) -> Asked {
+    value.as_ref().filter(|value| *value.get_ref() != Scalar::Number(default)).map(Spanned::span)
+}
+
+fn other_word(value: &Option<Spanned<Scalar>>, default: &str) -> Asked {
+    value.as_ref().filter(|value| *value.get_ref() != Scalar::Word(default.to_owned())).map(Spanned::span)
+}
