@@ -53,8 +53,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         match next_order(&mut orders, &channel).await? {
             Order::Stop => break,
             Order::Take { name, listener } => {
-                let count = drain(&listener, |stream| service.spawn(stream))?;
-                drop(listener);
+                let count = service.clone().drain(listener).await?;
                 orders.taken(&name, count)?;
             }
             Order::MasterGone => std::future::pending().await,
@@ -63,7 +62,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     service.stopping.send_replace(true);
     while let Some(stopped) = accepting.join_next().await {
         // Through tokio a queue can't be seen to be empty: it may not have looked yet.
-        drain(&stopped??.into_std()?, |stream| service.spawn(stream))?;
+        service.clone().drain(stopped??.into_std()?).await?;
     }
     orders.drained()?;
     // Each connection holds a receiver: the last one gone, everything is finished.
@@ -109,6 +108,12 @@ impl Service {
                 () = stopped(&mut stopping) => return Ok(listener),
             }
         }
+    }
+
+    /// Empties and closes a listener, on a thread that may wait when descriptors have run out: connections go
+    /// on meanwhile, and give some back.
+    async fn drain(self, listener: std::net::TcpListener) -> Result<u32, Box<dyn Error>> {
+        Ok(tokio::task::spawn_blocking(move || drain(&listener, |stream| self.spawn(stream))).await??)
     }
 
     fn spawn(&self, stream: std::net::TcpStream) {

@@ -92,8 +92,10 @@ fn check_listen(config: &Config, findings: &mut Findings) {
         }
         if first_free_port.is_some_and(|first| u64::from(address.port()) < first) && !bind_service {
             findings.warnings.push(format!(
-                "listen {name:?}: port {} needs CAP_NET_BIND_SERVICE, which this user lacks (or: sysctl -w net.ipv4.ip_unprivileged_port_start={})",
-                address.port(), address.port(),
+                "listen {name:?}: port {} needs CAP_NET_BIND_SERVICE, which this user lacks \
+                 (or: sysctl -w net.ipv4.ip_unprivileged_port_start={})",
+                address.port(),
+                address.port(),
             ));
         }
         if let Some(max) = queue_max.filter(|max| *max < u64::from(listen.backlog)) {
@@ -112,13 +114,17 @@ fn probe_address(mut address: SocketAddr) -> std::io::Result<()> {
 }
 
 fn check_limits(config: &Config, findings: &mut Findings) {
+    let may_raise = rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE));
     for (resource, wanted) in &config.app.limits {
-        let Ok((_, hard)) = getrlimit(*resource) else { continue };
-        let may_raise = rustix::thread::capabilities(None)
-            .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE));
-        if *wanted > hard && !may_raise {
+        if let Ok((_, hard)) = getrlimit(*resource)
+            && *wanted > hard
+            && !may_raise
+        {
+            let name = format!("{resource:?}").replace("RLIMIT_", "").to_lowercase();
             findings.warnings.push(format!(
-                "app.limits: {resource:?} = {wanted} is above the hard limit {hard} of this process (raise it with ulimit -H or LimitNOFILE= and its like in the unit)"
+                "app.limits.{name}: {wanted} is above the hard limit {hard} of this process \
+                 (ulimit -H; LimitNOFILE= and its like in the unit)"
             ));
         }
     }
@@ -129,7 +135,8 @@ fn check_limits(config: &Config, findings: &mut Findings) {
         && hard < wanted
     {
         findings.warnings.push(format!(
-            "the master may need {wanted} file descriptors in an upgrade, and the hard limit is {hard} (ulimit -Hn, LimitNOFILE=)"
+            "the master may need {wanted} file descriptors in an upgrade, \
+             and the hard limit is {hard} (ulimit -Hn, LimitNOFILE=)"
         ));
     }
 }
@@ -159,7 +166,8 @@ fn summary(path: &Path, config: &Config, executable: &str) -> String {
     let words = arguments.iter().map(|word| format!(" {word:?}")).collect::<String>();
     let mut text = format!("{}: ok\n", path.display());
     // Writing to a String can't fail.
-    let _ = writeln!(text, "  app      {}, {} workers", config.app.name, config.app.workers);
+    let _ = writeln!(text, "  app      {}", config.app.name);
+    let _ = writeln!(text, "  workers  {}", config.app.workers);
     let _ = writeln!(text, "  command  {executable}{words}");
     for listen in &config.listen {
         let _ = writeln!(text, "  listen   {} {} (backlog {})", listen.name, listen.address, listen.backlog);

@@ -14,7 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   reuseportd --config app.toml                   run the service in the foreground
   reuseportd check --config app.toml             look for mistakes, change nothing
-  kill -HUP PID                                  upgrade: new workers take over, no connection is lost
+  kill -HUP PID                                  upgrade, without losing a connection
   reuseportd upgrade --wait --config app.toml    the same, and say how it ended
   reuseportd status --config app.toml            what runs now
 
@@ -25,10 +25,10 @@ Exit codes: 0 done; 1 failed, rolled back or refused; 2 wrong usage or invalid c
 
 const UPGRADE_EXAMPLES: &str = "\
 Examples:
-  reuseportd upgrade --config app.toml                    trigger and return at once
-  reuseportd upgrade --wait --config app.toml             until no new connection can reach the old workers
+  reuseportd upgrade --config app.toml                 trigger and return at once
+  reuseportd upgrade --wait --config app.toml          stay until the old workers get nothing new
   reuseportd upgrade --wait=drained --timeout 5m --socket /run/reuseportd/web/control.sock
-                                                          until the last old worker is gone, 5 minutes at most
+                                                       until they are gone, 5 minutes at most
 
 Exit codes: 0 completed; 1 rolled back or refused; 2 wrong usage or invalid config;
             3 no master reachable; 4 --timeout passed (the upgrade goes on).";

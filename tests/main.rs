@@ -1,1 +1,10 @@
-#[test] fn t() {}
+//! The program as its users meet it: real masters, real workers, a load that counts each connection's fate.
+//!
+//! One binary, so that the harness is compiled once. Each test has a network namespace and a directory of its own.
+//! `REUSEPORTD_TEST_REQUIRE=all` turns skipped tests into failures, `REUSEPORTD_TEST_LONG=1` makes the long runs long.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a surprise is a failure")]
+
+mod support;
+mod tidy;
+mod upgrade;

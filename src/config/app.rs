@@ -17,11 +17,14 @@ use super::suggest::did_you_mean;
 use super::values::{LIMITS, parse_mode, parse_name, parse_path, parse_stop_signal};
 use super::{App, Listen, Output};
 
-/// Checks the table; `path` is the config file, `listen` what placeholders may name.
+/// Seats per generation at most.
+const WORKERS_MAX: u16 = 1024;
+
+/// Checks the table; `path` is the config file, `listen` what placeholders may name, when that is known.
 pub(super) fn resolve(
     path: &Path,
     raw: Option<&Spanned<schema::App>>,
-    listen: &[Listen],
+    listen: Option<&[Listen]>,
     problems: &mut Problems,
 ) -> App {
     let header = raw.map_or(FILE_START, Spanned::span);
@@ -66,7 +69,7 @@ pub(super) fn resolve(
 fn command(
     raw: &Option<Spanned<Vec<Spanned<String>>>>,
     app: Range<usize>,
-    listen: &[Listen],
+    listen: Option<&[Listen]>,
     problems: &mut Problems,
 ) -> Vec<String> {
     const EXAMPLE: &str =
@@ -91,44 +94,47 @@ fn command(
         if argument.get_ref().contains('\0') {
             problems.add(&key, Some(argument.span()), "contains a NUL character", "");
         }
-        if let Some(slip) = unknown_placeholder(argument.get_ref(), listen) {
-            let mut known = vec!["generation".to_owned(), "seat".to_owned()];
-            for listen in listen {
-                known.extend(["address", "host", "port"].map(|what| format!("{what}.{}", listen.name)));
-            }
-            let hint = did_you_mean(slip, known.iter().map(String::as_str));
-            let allowed = known.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
-            let help = format!("{hint}known: {allowed}; write {{{{{slip}}}}} to pass {{{slip}}} on as it is");
+        let slip = |listen| Some((listen, unknown_placeholder(argument.get_ref(), listen)?));
+        if let Some((listen, slip)) = listen.and_then(slip) {
+            let help = placeholder_help(slip, listen);
             problems.add(&key, Some(argument.span()), format!("unknown placeholder {{{slip}}}"), help);
         }
     }
     raw.get_ref().iter().map(|argument| argument.get_ref().clone()).collect()
 }
 
+fn placeholder_help(slip: &str, listen: &[Listen]) -> String {
+    let mut known = vec!["generation".to_owned(), "seat".to_owned()];
+    for listen in listen {
+        known.extend(["address", "host", "port"].map(|what| format!("{what}.{}", listen.name)));
+    }
+    let hint = did_you_mean(slip, known.iter().map(String::as_str));
+    let known = known.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
+    format!("{hint}known: {known}; write {{{{{slip}}}}} to pass {{{slip}}} on as it is")
+}
+
 /// One worker per CPU this process may use, unless said otherwise.
 fn workers(raw: &Option<Spanned<Scalar>>, problems: &mut Problems) -> u16 {
-    const MAX: u32 = 1024;
-    let cpus = || std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MAX as usize));
-    let number = match raw {
-        None => cpus(),
-        Some(value) => match value.get_ref() {
-            Scalar::Word(word) if word == "cpus" => cpus(),
-            Scalar::Number(number) if (1..=i64::from(MAX)).contains(number) => {
-                usize::try_from(*number).unwrap_or_default()
-            }
-            other => {
-                let message = format!("{other} is not possible");
+    match raw {
+        Some(value) if *value.get_ref() != Scalar::Word("cpus".to_owned()) => {
+            let number = match value.get_ref() {
+                Scalar::Number(number) => u16::try_from(*number).ok(),
+                Scalar::Word(_) => None,
+            };
+            number.filter(|number| (1..=WORKERS_MAX).contains(number)).unwrap_or_else(|| {
+                let help = format!("allowed: \"cpus\", or a number from 1 to {WORKERS_MAX}");
                 problems.add(
                     "app.workers",
                     Some(value.span()),
-                    message,
-                    format!("allowed: \"cpus\", or a number from 1 to {MAX}"),
+                    format!("{} is not possible", value.get_ref()),
+                    help,
                 );
                 1
-            }
-        },
-    };
-    u16::try_from(number).unwrap_or(1)
+            })
+        }
+        _ => std::thread::available_parallelism()
+            .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(WORKERS_MAX).min(WORKERS_MAX)),
+    }
 }
 
 fn path_of(key: &str, raw: &Option<Spanned<String>>, problems: &mut Problems) -> Option<PathBuf> {
@@ -153,7 +159,7 @@ fn limits(raw: &BTreeMap<String, Spanned<Scalar>>, problems: &mut Problems) -> V
             (None, _) => {
                 let names = LIMITS.iter().map(|(name, _)| *name);
                 let hint = did_you_mean(name, names.clone());
-                let help = format!("{}known here: {}", hint, names.collect::<Vec<_>>().join(", "));
+                let help = format!("{hint}known here: {}", names.collect::<Vec<_>>().join(", "));
                 problems.add(key, Some(value.span()), format!("unknown limit `{name}`"), help);
             }
         }

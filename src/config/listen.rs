@@ -65,7 +65,8 @@ fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Proble
     problems.choice(&format!("{key}.bind"), &raw.bind, [("worker", ()), ("master", ())]);
     problems.choice(&format!("{key}.affinity"), &raw.affinity, [("none", ()), ("flow", ())]);
     problems.wait(&format!("{key}.flow_timeout"), &raw.flow_timeout, std::time::Duration::from_secs(120));
-    let backlog = problems.number(&format!("{key}.backlog"), &raw.backlog, 1..=i32::MAX.unsigned_abs(), 4096);
+    let backlog =
+        problems.number(&format!("{key}.backlog"), &raw.backlog, 1..=i32::MAX.unsigned_abs(), 4096_u32);
     let name = match &raw.name {
         Some(name) => problems.text(&format!("{key}.name"), name, parse_name),
         None => Some("default".to_owned()),
@@ -128,7 +129,8 @@ fn clash(a: SocketAddr, b: SocketAddr) -> Option<&'static str> {
         None // link-local addresses of different interfaces
     } else if a.is_ipv4() == b.is_ipv4() && (any(a.ip()) || any(b.ip())) {
         Some(
-            "the wildcard takes that address too, so the traffic of one would go to the other: keep the wildcard, or list the addresses one by one",
+            "the wildcard takes that address too, so one takes the traffic of the other: \
+             keep the wildcard, or list the addresses one by one",
         )
     } else if [a, b].iter().any(|address| address.is_ipv6() && any(address.ip())) {
         Some("[::] takes IPv4 connections too: keep [::] alone, or list the addresses one by one")

@@ -25,7 +25,7 @@ pub(super) struct Problem {
 pub(super) struct Problems(Vec<Problem>);
 
 impl Problems {
-    /// Adds a finding, unless this very place has one already: the first names the root.
+    /// Adds a finding, unless this value has one already: the first names the root.
     pub(super) fn add(
         &mut self,
         key: impl Into<String>,
@@ -33,12 +33,13 @@ impl Problems {
         message: impl Into<String>,
         help: impl Into<String>,
     ) {
-        let told = span.is_some() && self.0.iter().any(|p| p.span == span);
+        let key = key.into();
+        let told = self.0.iter().any(|problem| problem.span == span && problem.key == key && !key.is_empty());
         if told || self.0.len() == COLLECTED_MAX {
             return;
         }
         let help = Some(help.into()).filter(|text| !text.is_empty());
-        self.0.push(Problem { span, key: key.into(), message: message.into(), help });
+        self.0.push(Problem { span, key, message: message.into(), help });
     }
 
     pub(super) fn is_empty(&self) -> bool {

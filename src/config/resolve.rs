@@ -17,7 +17,9 @@ const SECOND: Duration = Duration::from_secs(1);
 pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, ConfigErrors> {
     let mut problems = Problems::default();
     let listen = listen::resolve(&raw.listen, &mut problems);
-    let app = app::resolve(path, raw.app.as_ref(), &listen, &mut problems);
+    // A listener with a fault of its own would make its placeholders look unknown.
+    let known = Some(listen.as_slice()).filter(|known| known.len() == raw.listen.len());
+    let app = app::resolve(path, raw.app.as_ref(), known, &mut problems);
     let steering = steering(&raw.steering, &mut problems);
     let readiness = readiness(&raw.readiness, &mut problems);
     let upgrade = upgrade(&raw.upgrade, &mut problems);
@@ -43,7 +45,7 @@ fn steering(raw: &schema::Steering, problems: &mut Problems) -> Steering {
 
 fn readiness(raw: &schema::Readiness, problems: &mut Problems) -> Readiness {
     use ReadinessMethod::{Listen, Notify};
-    problems.number("readiness.passes", &raw.passes, 1..=1000, 2);
+    problems.number("readiness.passes", &raw.passes, 1..=1000_u16, 2);
     problems.wait("readiness.interval", &raw.interval, SECOND);
     // The probe is refused as not supported; until then it needs no variant of its own.
     let methods = [("notify", Notify), ("listen", Listen), ("http", Notify)];
@@ -56,8 +58,7 @@ fn upgrade(raw: &schema::Upgrade, problems: &mut Problems) -> Upgrade {
     let mut within_drain = |key: &str, value: &Option<Spanned<String>>, default| {
         let time = problems.duration(key, value, default);
         if let Some(value) = value.as_ref().filter(|_| time > drain_timeout) {
-            let message =
-                format!("{:?} is longer than upgrade.drain_timeout ({drain_timeout:?})", value.get_ref());
+            let message = format!("{time:?} is longer than upgrade.drain_timeout ({drain_timeout:?})");
             problems.add(
                 key,
                 Some(value.span()),
@@ -70,14 +71,13 @@ fn upgrade(raw: &schema::Upgrade, problems: &mut Problems) -> Upgrade {
     let settle_timeout = within_drain("upgrade.settle_timeout", &raw.settle_timeout, Duration::ZERO);
     let idle_timeout = within_drain("upgrade.idle_timeout", &raw.idle_timeout, 2 * SECOND);
     let stop_when = [("auto", StopWhen::Auto), ("drained", StopWhen::Drained), ("idle", StopWhen::Idle)];
-    let max_draining = problems.number("upgrade.max_draining", &raw.max_draining, 1..=1024, 4);
     Upgrade {
         ready_timeout: problems.wait("upgrade.ready_timeout", &raw.ready_timeout, 60 * SECOND),
         settle_timeout: raw.settle_timeout.is_some().then_some(settle_timeout),
         stop_when: problems.choice("upgrade.stop_when", &raw.stop_when, stop_when),
         idle_timeout,
         drain_timeout,
-        max_draining: u16::try_from(max_draining).unwrap_or(u16::MAX),
+        max_draining: problems.number("upgrade.max_draining", &raw.max_draining, 1..=1024, 4),
     }
 }
 
@@ -123,13 +123,12 @@ fn restart(raw: &schema::Restart, problems: &mut Problems) -> Restart {
         );
     }
     let breaker = &raw.breaker;
-    let exits = problems.number("restart.breaker.exits", &breaker.exits, 1..=1000, 10);
     Restart {
         backoff,
         backoff_max,
         stable_after: problems.duration("restart.stable_after", &raw.stable_after, 10 * SECOND),
         breaker: Breaker {
-            exits: u16::try_from(exits).unwrap_or(u16::MAX),
+            exits: problems.number("restart.breaker.exits", &breaker.exits, 1..=1000, 10),
             window: problems.wait("restart.breaker.window", &breaker.window, 60 * SECOND),
             cooldown: problems.wait("restart.breaker.cooldown", &breaker.cooldown, 60 * SECOND),
         },

@@ -14,6 +14,7 @@ use toml::Spanned;
 use super::diagnose::ConfigErrors;
 use super::problems::Problems;
 use super::suggest::did_you_mean;
+use super::values::{DURATION_HELP, quoted};
 
 type Maybe<T> = Option<Spanned<T>>;
 type Text = Maybe<String>;
@@ -107,7 +108,7 @@ impl fmt::Display for Scalar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Scalar::Number(number) => write!(f, "{number}"),
-            Scalar::Word(word) => write!(f, "{word:?}"),
+            Scalar::Word(word) => f.write_str(&quoted(word)),
         }
     }
 }
@@ -153,13 +154,39 @@ fn shape_problem(error: &serde_path_to_error::Error<toml::de::Error>, problems: 
     let (message, span) = (error.inner().message(), error.inner().span());
     let mut words = message.split('`').skip(1).step_by(2);
     let Some(unknown) = words.next().filter(|_| message.starts_with("unknown field")) else {
-        let message = message.lines().next().unwrap_or_default();
-        return problems.add(key, span, message, "");
+        let help = type_help(key.rsplit('.').next().unwrap_or_default());
+        return problems.add(key, span, in_toml_words(message), help);
     };
     let known: Vec<&str> = words.collect();
     let hint = did_you_mean(unknown, known.iter().copied());
     let help = format!("{hint}known here: {}", known.join(", "));
     problems.add(key, span, format!("unknown key `{unknown}`"), help);
+}
+
+/// serde speaks of its own data model, the reader of the file has TOML before the eyes.
+fn in_toml_words(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default();
+    let line = line
+        .split_once("expected struct ")
+        .map_or(line.to_owned(), |(found, _)| format!("{found}expected a table"));
+    line.replace("a sequence", "an array")
+        .replace("invalid type: map", "invalid type: table")
+        .replace(" as i128", "")
+}
+
+/// What belongs there, where the type alone does not tell.
+fn type_help(key: &str) -> &'static str {
+    match key {
+        "listen" => "[[listen]] takes two brackets: there may be several",
+        "command" | "check" => {
+            "one string per word, for example [\"/srv/web/bin/web\", \"-q\"]; there is no shell"
+        }
+        "umask" | "mode" => "a string of octal digits, for example \"027\"",
+        "bake" | "hold" | "window" | "cooldown" | "interval" | "check_interval" | "backoff"
+        | "backoff_max" | "stable_after" => DURATION_HELP,
+        timeout if timeout.ends_with("timeout") => DURATION_HELP,
+        _ => "",
+    }
 }
 
 /// `listen[0].address`. `Spanned` wraps values in a pseudo key of its own, which no reader has written.

@@ -10,7 +10,7 @@ fn nearest<'a>(written: &str, known: impl IntoIterator<Item = &'a str>) -> Optio
     let allowed = (written.chars().count() / 3).clamp(1, 3);
     known
         .into_iter()
-        .map(|word| (distance(&written.to_lowercase(), word), word))
+        .map(|word| (distance(&written.to_lowercase(), &word.to_lowercase()), word))
         .filter(|(distance, _)| *distance <= allowed)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, word)| word)

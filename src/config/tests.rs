@@ -1,1 +1,200 @@
 //! Whole files through `load`.
+
+use std::io::Write;
+
+use super::*;
+
+const SMALLEST: &str = r#"
+[app]
+name = "web"
+command = ["/bin/web"]
+[[listen]]
+address = "127.0.0.1:8080"
+"#;
+
+const FULL: &str = r#"
+[app]
+name = "web-1"
+command = ["/bin/web", "--at", "{address.http}", "{seat}/{generation}"]
+workers = 3
+working_directory = "/srv"
+environment = { RUST_LOG = "info" }
+environment_file = "/etc/web.env"
+umask = "027"
+limits = { nofile = 65536, core = 0, memlock = "unlimited" }
+no_new_privileges = false
+output = "inherit"
+stop_signal = "QUIT"
+[[listen]]
+name = "http"
+address = "[::1]:80"
+backlog = 7
+[[listen]]
+name = "admin"
+address = "127.0.0.1:81"
+[steering]
+engine = "cbpf"
+[readiness]
+method = "listen"
+[upgrade]
+ready_timeout = "1s"
+settle_timeout = "3s"
+stop_when = "idle"
+idle_timeout = "4s"
+drain_timeout = "5s"
+max_draining = 6
+[restart]
+backoff = "1s"
+backoff_max = "2s"
+stable_after = "3s"
+breaker = { exits = 4, cooldown = "5s" }
+[control]
+socket = "/tmp/x.sock"
+mode = "0660"
+allow_users = ["root", 12]
+[log]
+format = "json"
+level = "debug"
+"#;
+
+fn load_text(text: &str) -> Result<Config, ConfigErrors> {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    load(file.path())
+}
+
+fn summary(text: &str) -> String {
+    let summary = load_text(text).unwrap_err().summary();
+    assert!(!summary.contains('\n'), "{summary:?}");
+    summary
+}
+
+#[test]
+fn the_smallest_config_has_the_defaults_of_the_contract() {
+    let config = load_text(SMALLEST).unwrap();
+    assert_eq!(config.app.command, ["/bin/web"]);
+    assert!((1..=1024).contains(&config.app.workers));
+    assert_eq!((config.app.no_new_privileges, config.app.output), (true, Output::Tag));
+    assert_eq!((config.app.stop_signal, config.app.umask), (Signal::SIGTERM, None));
+    let listen = Listen { name: "default".into(), address: "127.0.0.1:8080".parse().unwrap(), backlog: 4096 };
+    assert_eq!(config.listen, [listen]);
+    assert_eq!(config.steering.engine, EngineChoice::Auto);
+    assert_eq!(config.readiness.method, ReadinessMethod::Notify);
+    let seconds = Duration::from_secs;
+    let upgrade = Upgrade {
+        ready_timeout: seconds(60),
+        settle_timeout: None,
+        stop_when: StopWhen::Auto,
+        idle_timeout: seconds(2),
+        drain_timeout: seconds(60),
+        max_draining: 4,
+    };
+    assert_eq!(config.upgrade, upgrade);
+    let restart = Restart {
+        backoff: Duration::from_millis(100),
+        backoff_max: seconds(10),
+        stable_after: seconds(10),
+        breaker: Breaker { exits: 10, window: seconds(60), cooldown: seconds(60) },
+    };
+    assert_eq!(config.restart, restart);
+    assert_eq!((config.control.mode, config.control.allow_users.as_slice()), (0o600, [].as_slice()));
+    assert!(config.control.socket.ends_with("web/control.sock"), "{:?}", config.control.socket);
+    assert_eq!(config.log, Log { format: LogFormat::Auto, level: tracing::Level::INFO });
+}
+
+#[test]
+fn every_key_that_has_a_meaning_now_is_taken() {
+    let config = load_text(FULL).unwrap();
+    assert_eq!(config.expand_command(9, 2), ["/bin/web", "--at", "[::1]:80", "2/9"]);
+    assert_eq!((config.app.workers, config.app.umask), (3, Some(0o27)));
+    let limits =
+        [(Resource::RLIMIT_CORE, 0), (Resource::RLIMIT_MEMLOCK, u64::MAX), (Resource::RLIMIT_NOFILE, 65536)];
+    assert_eq!(config.app.limits, limits);
+    assert_eq!((config.app.output, config.app.stop_signal), (Output::Inherit, Signal::SIGQUIT));
+    assert_eq!((config.listen.len(), config.listen[0].backlog), (2, 7));
+    assert_eq!(config.readiness.method, ReadinessMethod::Listen);
+    assert_eq!(config.upgrade.settle_timeout, Some(Duration::from_secs(3)));
+    assert_eq!(config.restart.breaker.exits, 4);
+    assert_eq!(config.restart.breaker.window, Duration::from_secs(60));
+    let control = Control { socket: "/tmp/x.sock".into(), mode: 0o660, allow_users: vec![0, 12] };
+    assert_eq!(config.control, control);
+    assert_eq!(config.log, Log { format: LogFormat::Json, level: tracing::Level::DEBUG });
+}
+
+/// Keys of later versions: table, the key with its default ("" when it has none), the key asking for something.
+const LATER: &[(&str, &str, &str)] = &[
+    ("app", "capabilities = []", r#"capabilities = ["CAP_NET_BIND_SERVICE"]"#),
+    ("app", r#"cpu_affinity = "none""#, r#"cpu_affinity = "seat""#),
+    ("app", "", r#"user = "www-data""#),
+    ("app", "", r#"group = "www-data""#),
+    ("listen", r#"protocol = "tcp""#, r#"protocol = "udp""#),
+    ("listen", r#"bind = "worker""#, r#"bind = "master""#),
+    ("listen", "v6only = false", "v6only = true"),
+    ("listen", "force_reuseport = false", "force_reuseport = true"),
+    ("listen", r#"affinity = "none""#, r#"affinity = "flow""#),
+    ("listen", r#"flow_timeout = "2m""#, r#"flow_timeout = "1m""#),
+    ("steering", r#"policy = "hash""#, r#"policy = "cpu""#),
+    ("readiness", r#"method = "notify""#, r#"method = "http""#),
+    ("readiness", r#"path = "/healthz""#, r#"path = "/""#),
+    ("readiness", "passes = 2", "passes = 3"),
+    ("readiness", r#"interval = "200ms""#, r#"interval = "1s""#),
+    ("upgrade", r#"batch = "all""#, "batch = 1"),
+    ("upgrade", "canary = []", r#"canary = [ { share = "5%", hold = "30s" } ]"#),
+    ("upgrade", r#"bake = "0s""#, r#"bake = "1s""#),
+    ("upgrade", "check = []", r#"check = ["/bin/true"]"#),
+    ("upgrade", r#"check_interval = "2s""#, r#"check_interval = "3s""#),
+    ("watchdog", "", r#"timeout = "10s""#),
+    ("console", "", r#"listen = "127.0.0.1:9180""#),
+    ("log", r#"format = "auto""#, r#"format = "journal""#),
+];
+
+#[test]
+fn what_comes_later_is_refused_and_its_default_accepted() {
+    for (table, default, other) in LATER {
+        let with = |line: &str| match *table {
+            "listen" => format!("{SMALLEST}{line}\n"),
+            "app" => SMALLEST.replace("[app]", &format!("[app]\n{line}")),
+            _ => format!("{SMALLEST}[{table}]\n{line}\n"),
+        };
+        assert!(load_text(&with(default)).is_ok(), "{default}");
+        let said = summary(&with(other));
+        let key = other.split(' ').next().unwrap();
+        assert!(
+            said.contains(&format!("{key}: not supported yet")) && !said.contains("more"),
+            "{other}: {said}"
+        );
+    }
+}
+
+#[test]
+fn the_summary_is_one_line_with_the_place_and_the_count() {
+    let said =
+        summary("[app]\nname=\"a\"\ncommand = []\nworkers = 0\n[[listen]]\naddress = \"127.0.0.1:80\"\n");
+    assert!(said.ends_with(":3:11: app.command: empty (and 1 more)"), "{said}");
+    assert!(summary("x = '''\n").contains(": not valid TOML"));
+    // A wrong value of a key that is not supported yet is one finding, not two.
+    let said = summary(&format!("{SMALLEST}[readiness]\npasses = 0\n"));
+    assert!(said.ends_with(":8:10: readiness.passes: 0 is not possible"), "{said}");
+}
+
+#[test]
+fn the_control_socket_is_found_in_a_broken_file() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"[control]\nsocket = \"/run/a.sock\"\n[app\nbroken = = 1\n").unwrap();
+    assert_eq!(control_socket(file.path()).unwrap(), Path::new("/run/a.sock"));
+    assert!(control_socket(Path::new("/nonexistent/web.toml")).is_err());
+}
+
+#[test]
+fn the_name_comes_from_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = SMALLEST.replace("name = \"web\"\n", "");
+    let load_as = |name: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, &text).unwrap();
+        load(&path)
+    };
+    assert_eq!(load_as("shop.toml").unwrap().app.name, "shop");
+    let said = load_as("My Shop.toml").unwrap_err().summary();
+    assert!(said.contains(":2:1: app.name: missing"), "{said}");
+}

@@ -1,6 +1,7 @@
 //! One value at a time: text of the file to a plain type, or a finding that says what is allowed.
 
-use std::ops::{Range, RangeInclusive};
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,7 +16,8 @@ use super::suggest::did_you_mean;
 /// Longer waits are a slip, and would overflow the clock they are added to.
 const DURATION_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
-const DURATION_HELP: &str = "a duration is a string like \"250ms\", \"30s\", \"5m\" or \"1h 30m\"";
+/// What is allowed where a duration is asked for.
+pub(super) const DURATION_HELP: &str = "a duration is a string like \"250ms\", \"30s\", \"5m\" or \"1h 30m\"";
 
 /// Every limit `setrlimit` knows, by the name systemd and ulimit users expect.
 pub(super) const LIMITS: &[(&str, Resource)] = &[
@@ -52,7 +54,7 @@ pub(super) fn refused(written: &str, is: &str, help: impl Into<String>) -> Refus
 }
 
 /// A value as messages show it: in quotes, and no longer than a line.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
@@ -168,27 +170,23 @@ impl Problems {
     }
 
     /// A whole number of `range`, `default` when absent.
-    pub(super) fn number(
+    pub(super) fn number<T: TryFrom<i64> + PartialOrd + Copy + Display>(
         &mut self,
         key: &str,
         value: &Option<Spanned<Scalar>>,
-        range: RangeInclusive<u32>,
-        default: u32,
-    ) -> u32 {
+        range: RangeInclusive<T>,
+        default: T,
+    ) -> T {
         let Some(value) = value else { return default };
-        match value.get_ref() {
-            Scalar::Number(number) => match u32::try_from(*number) {
-                Ok(number) if range.contains(&number) => return number,
-                _ => self.out_of_range(key, value.span(), &number.to_string(), &range),
-            },
-            Scalar::Word(word) => self.out_of_range(key, value.span(), &quoted(word), &range),
+        if let Scalar::Number(number) = value.get_ref()
+            && let Ok(number) = T::try_from(*number)
+            && range.contains(&number)
+        {
+            return number;
         }
-        default
-    }
-
-    fn out_of_range(&mut self, key: &str, span: Range<usize>, written: &str, range: &RangeInclusive<u32>) {
         let allowed = format!("allowed: a number from {} to {}", range.start(), range.end());
-        self.add(key, Some(span), format!("{written} is not possible"), allowed);
+        self.add(key, Some(value.span()), format!("{} is not possible", value.get_ref()), allowed);
+        default
     }
 
     /// One of a few words; the first of `choices` is the default.
@@ -204,8 +202,7 @@ impl Problems {
             return *choice;
         }
         let words = choices.map(|(word, _)| word);
-        let hint =
-            nearest(written, words).map(|word| format!("did you mean \"{word}\"? ")).unwrap_or_default();
+        let hint = did_you_mean(written, words);
         let allowed = words.map(|word| format!("{word:?}")).join(", ");
         self.add(
             key,
@@ -214,5 +211,65 @@ impl Problems {
             format!("{hint}allowed: {allowed}"),
         );
         choices[0].1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, ms) in [
+            ("250ms", 250),
+            ("30s", 30_000),
+            ("5m", 300_000),
+            ("1h 30m", 5_400_000),
+            ("1.5s", 1500),
+            ("0s", 0),
+        ] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "30", "-1s", "1s ago", "5M", "1d", "PT1M", "9000h", "99999999999999h", "1s;"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn shares() {
+        for (text, thousandths) in [("5%", 50), ("0.1%", 1), ("100%", 1000), ("12.5%", 125), ("100.0%", 1000)]
+        {
+            assert_eq!(parse_share(text), Ok(thousandths), "{text}");
+        }
+        for text in ["5", "%", "0%", "0.0%", "100.1%", "0.05%", "-1%", "+1%", "1.%", ".5%", "5 %", "1e1%"] {
+            assert!(parse_share(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn modes() {
+        for (text, mode) in [("027", 0o27), ("0600", 0o600), ("7", 7), ("777", 0o777)] {
+            assert_eq!(parse_mode(text), Ok(mode), "{text}");
+        }
+        for text in ["", "8", "0o27", "1777", "+27", "00027", "u=rw"] {
+            assert!(parse_mode(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn stop_signals() {
+        for text in ["SIGTERM", "TERM", "term", "sigterm"] {
+            assert_eq!(parse_stop_signal(text), Ok(Signal::SIGTERM), "{text}");
+        }
+        for text in ["KILL", "SIGSTOP", "SIGTREM", "15", ""] {
+            assert!(parse_stop_signal(text).is_err(), "{text}");
+        }
+        assert!(parse_stop_signal("SIGTREM").unwrap_err().to_string().contains("did you mean `SIGTERM`"));
+    }
+
+    #[test]
+    fn long_values_are_cut_in_messages() {
+        let said = parse_name(&"ü".repeat(1000)).unwrap_err().to_string();
+        assert!(said.contains('…') && said.chars().count() < 200, "{said}");
     }
 }

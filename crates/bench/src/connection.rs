@@ -86,6 +86,10 @@ impl Connection {
         if let Some(source) = spec.source(plan.number) {
             bind_address_only(socket.as_fd(), source).map_err(local("bind"))?;
         }
+        if plan.pieces > 1 {
+            // Else Nagle's algorithm would hold back the second piece until the first is acknowledged.
+            rustix::net::sockopt::set_tcp_nodelay(&socket, true).map_err(local("TCP_NODELAY"))?;
+        }
         match rustix::net::connect(&socket, &spec.target) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(errno) => return Err((connect_fate(errno), format!("connect: {errno}"))),

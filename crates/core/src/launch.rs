@@ -151,8 +151,8 @@ impl Master {
     }
 
     pub(crate) fn on_extended(&mut self, id: WorkerId, by: Duration) {
-        if self.timers.is_armed(Timer::Ready(id)) {
-            self.timers.arm(Timer::Ready(id), self.now.after(by));
+        if let Some(ready_by) = self.timers.at(Timer::Ready(id)) {
+            self.timers.arm(Timer::Ready(id), self.now.after(by).max(ready_by));
         }
     }
 

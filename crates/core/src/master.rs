@@ -154,7 +154,7 @@ impl Master {
                 Timer::Ready(worker) => self.on_ready_timeout(worker),
                 Timer::Look(worker) => self.look(worker),
                 Timer::Kill(worker) => self.on_kill_deadline(worker),
-                Timer::Remains(worker) => self.push(Command::CheckRemains { worker }),
+                Timer::Remains(worker) => self.look_at_remains(worker),
                 Timer::Respawn(generation, seat) => self.respawn(generation, seat),
                 Timer::Breaker => self.close_breaker(),
                 Timer::Retire(generation) => self.look_at_retirement(generation),

@@ -49,6 +49,11 @@ impl Master {
         }
     }
 
+    pub(crate) fn look_at_remains(&mut self, id: WorkerId) {
+        self.push(Command::CheckRemains { worker: id });
+        self.timers.arm(Timer::Remains(id), self.now.after(LOOK_PAUSE_MAX));
+    }
+
     pub(crate) fn on_remains(&mut self, id: WorkerId, left: bool) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let WorkerState::Remains { until } = worker.state else { return };

@@ -158,7 +158,7 @@ pub const FDS_MAX: usize = 64;
 pub fn send_with_fds(socket: BorrowedFd<'_>, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+    if fds.len() > FDS_MAX || !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
         let message = format!("{} descriptors in one datagram, at most {FDS_MAX} are possible", fds.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }

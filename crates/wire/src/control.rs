@@ -70,7 +70,8 @@ pub enum Reply {
         /// Workers that have to get there; null where the phase does not count workers.
         of: Option<u32>,
     },
-    /// The wish is taken; the last answer unless the client waits.
+    /// The wish is taken; the last answer unless the client waits. It comes at once, also to who waits: a client
+    /// takes silence for a master that hangs.
     Accepted,
     /// How the upgrade ended. The client's exit code follows from its outcome.
     Receipt {
@@ -83,7 +84,14 @@ pub enum Reply {
     Error {
         /// Object, action, cause and remedy, for people.
         message: String,
+        /// The exit code of the client: 2 when the config is invalid, else 1.
+        #[serde(default = "failed")]
+        code: u8,
     },
+}
+
+const fn failed() -> u8 {
+    1
 }
 
 impl Reply {

@@ -7,7 +7,7 @@
 //! * [`channel`]: master and worker, over the inherited handover channel.
 //! * [`control`]: client and master, over the control socket.
 //! * [`status`]: what `status --json` and the receipt of an upgrade say.
-//! * [`env`]: the environment a worker is started with.
+//! * [`mod@env`]: the environment a worker is started with.
 
 #![no_std]
 #![forbid(unsafe_code)]

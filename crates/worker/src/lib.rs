@@ -39,6 +39,7 @@ pub use listener::{Bound, drain};
 pub use reuseportd_wire::env::{Listen, Protocol};
 pub use socket2::Socket;
 
+use std::ffi::OsString;
 use std::net::TcpListener;
 use std::str::FromStr;
 
@@ -71,15 +72,20 @@ impl Worker {
     /// # Errors
     /// A variable that is missing or has the wrong form; a channel that is no open seqpacket socket.
     pub fn from_env(listen_alone: &str) -> Result<Self, Error> {
-        let Some(channel) = variable::<i32>(env::CHANNEL)? else {
-            let listen = variable(env::LISTEN)?.unwrap_or_else(|| listen_alone.to_owned());
-            return Ok(Self { generation: 0, seat: 0, workers: 1, listen: parse(&listen)?, channel: None });
+        Self::from_variables(&|name| std::env::var_os(name), listen_alone)
+    }
+
+    fn from_variables(variables: &Variables<'_>, listen_alone: &str) -> Result<Self, Error> {
+        let Some(channel) = variable::<i32>(variables, env::CHANNEL)? else {
+            let listen = variable(variables, env::LISTEN)?.unwrap_or_else(|| listen_alone.to_owned());
+            let listen = env::parse_listen(&listen)?;
+            return Ok(Self { generation: 0, seat: 0, workers: 1, listen, channel: None });
         };
         Ok(Self {
-            generation: required(env::GENERATION)?,
-            seat: required(env::SEAT)?,
-            workers: required(env::WORKERS)?,
-            listen: parse(&required::<String>(env::LISTEN)?)?,
+            generation: required(variables, env::GENERATION)?,
+            seat: required(variables, env::SEAT)?,
+            workers: required(variables, env::WORKERS)?,
+            listen: env::parse_listen(&required::<String>(variables, env::LISTEN)?)?,
             channel: Some(Channel::inherited(channel)?),
         })
     }
@@ -183,16 +189,15 @@ fn told_to_serve(channel: &Channel) -> Result<bool, Error> {
     }
 }
 
-fn parse(listen: &str) -> Result<Vec<Listen>, Error> {
-    Ok(env::parse_listen(listen)?)
+/// Looks a variable up.
+type Variables<'a> = dyn Fn(&str) -> Option<OsString> + 'a;
+
+fn required<T: FromStr>(variables: &Variables<'_>, name: &'static str) -> Result<T, Error> {
+    variable(variables, name)?.ok_or(Error::Missing { name })
 }
 
-fn required<T: FromStr>(name: &'static str) -> Result<T, Error> {
-    variable(name)?.ok_or(Error::Missing { name })
-}
-
-fn variable<T: FromStr>(name: &'static str) -> Result<Option<T>, Error> {
-    let Some(value) = std::env::var_os(name) else { return Ok(None) };
+fn variable<T: FromStr>(variables: &Variables<'_>, name: &'static str) -> Result<Option<T>, Error> {
+    let Some(value) = variables(name) else { return Ok(None) };
     let parsed = value.to_str().and_then(|text| text.parse().ok());
     parsed.map(Some).ok_or_else(|| Error::Variable { name, value: value.to_string_lossy().into_owned() })
 }

@@ -80,7 +80,8 @@ fn set_defaults(socket: &Socket, address: SocketAddr) -> io::Result<()> {
 }
 
 /// Accepts until the listener's queue is empty and says how many that were. The listener is made
-/// non-blocking. A connection the client has given up meanwhile is passed over.
+/// non-blocking. A connection the client has given up meanwhile is passed over. When descriptors have run out
+/// this waits until others are closed: in an async program call it where waiting is allowed.
 ///
 /// # Errors
 /// `accept` fails for a reason that lies in the listener itself.

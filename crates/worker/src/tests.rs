@@ -2,8 +2,9 @@
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -28,8 +29,8 @@ impl Master {
     fn with_worker(listen: &str) -> (Self, Worker) {
         let (near, far) = seqpacket_pair().unwrap();
         set_socket_timeout(&near, Timeout::Recv, Some(LIMIT)).unwrap();
-        let channel = Some(Channel::inherited(far.into_raw_fd()).unwrap());
-        let worker = Worker { generation: 3, seat: 1, workers: 2, listen: parse(listen).unwrap(), channel };
+        let channel = far.into_raw_fd().to_string();
+        let worker = Worker::from_variables(&environment(&channel, listen), "").unwrap();
         (Self { channel: near }, worker)
     }
 
@@ -68,6 +69,19 @@ impl Master {
         self.say("serve", &[]);
         handles
     }
+}
+
+/// What a master gives the worker on seat 1 of 2 of generation 3.
+fn environment(channel: &str, listen: &str) -> impl Fn(&str) -> Option<OsString> {
+    let given = [
+        ("REUSEPORTD_CHANNEL", channel),
+        ("REUSEPORTD_GENERATION", "3"),
+        ("REUSEPORTD_SEAT", "1"),
+        ("REUSEPORTD_WORKERS", "2"),
+        ("REUSEPORTD_LISTEN", listen),
+    ];
+    let given = given.map(|(name, value)| (name, OsString::from(value)));
+    move |wanted| given.iter().find(|(name, _)| *name == wanted).map(|(_, value)| value.clone())
 }
 
 fn address(handle: &Socket) -> SocketAddr {
@@ -210,8 +224,8 @@ fn orders_can_be_waited_for_and_looked_for() {
 
 #[test]
 fn without_a_master_a_worker_listens_at_once() {
-    let listen = parse("http=tcp:127.0.0.1:0").unwrap();
-    let worker = Worker { generation: 0, seat: 0, workers: 1, listen, channel: None };
+    let worker = Worker::from_variables(&|_| None, "http=tcp:127.0.0.1:0").unwrap();
+    assert_eq!((worker.generation(), worker.seat(), worker.workers()), (0, 0, 1));
     let mut defer = 0;
     let bound = worker.bind_with(|listen, socket| {
         defer += usize::from(listen.name == "http");
@@ -242,10 +256,44 @@ fn the_inherited_number_is_taken_over_only_if_it_is_a_channel() {
     let number = far.into_raw_fd();
     let channel = Channel::inherited(number).unwrap();
     channel.send_error("here").unwrap();
-    assert_eq!(Master { channel: near }.hear().0, FromWorker::Error("here".to_owned()));
+    set_socket_timeout(&near, Timeout::Recv, Some(LIMIT)).unwrap();
+    let master = Master { channel: near };
+    assert_eq!(master.hear().0, FromWorker::Error("here".to_owned()));
+    drop(channel);
+    assert_eq!(rustix::io::read(&master.channel, &mut [0; 8]), Ok(0), "the number must be closed");
     let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let refused = Channel::inherited(other.as_raw_fd()).unwrap_err().to_string();
     assert!(refused.contains("REUSEPORTD_CHANNEL"), "{refused}");
     assert!(other.local_addr().is_ok(), "what is no channel stays open");
     assert!(Channel::inherited(1 << 20).is_err());
+}
+
+#[test]
+fn an_environment_that_is_not_whole_is_told() {
+    let (_near, far) = seqpacket_pair().unwrap();
+    let channel = far.as_raw_fd().to_string();
+    let whole = environment(&channel, "http=tcp:127.0.0.1:0");
+    let without_seat = |name: &str| (name != "REUSEPORTD_SEAT").then(|| whole(name)).flatten();
+    let told = |variables: &Variables<'_>| Worker::from_variables(variables, "").unwrap_err().to_string();
+    assert!(told(&without_seat).starts_with("environment variable REUSEPORTD_SEAT is missing"));
+    assert!(told(&environment("x", "")).contains("REUSEPORTD_CHANNEL has the value 'x'"));
+    assert!(told(&environment(&channel, "http=8080")).contains("'http=8080'"));
+    assert!(Worker::from_variables(&|_| None, "8080").is_err());
+    let by_hand = |name: &str| (name == "REUSEPORTD_LISTEN").then(|| "admin=tcp:[::1]:9".into());
+    assert_eq!(Worker::from_variables(&by_hand, "http=tcp:127.0.0.1:0").unwrap().listen()[0].name, "admin");
+}
+
+#[test]
+fn a_listener_that_was_shut_down_is_given_up() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0;admin=tcp:127.0.0.1:0");
+    let worker = spawn(worker);
+    let handles = master.let_serve();
+    handles[0].shutdown(Shutdown::Read).unwrap();
+    assert_eq!(answer(connect(address(&handles[1]))), "admin");
+    handles[1].shutdown(Shutdown::Read).unwrap();
+    drop(master);
+    // Nothing can come any more, neither a connection nor an order.
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || ended.send(worker.join()));
+    assert_eq!(end.recv_timeout(LIMIT).unwrap().unwrap().unwrap(), 1);
 }

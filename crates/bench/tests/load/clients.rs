@@ -72,6 +72,24 @@ fn a_stall_of_the_server_shows_in_the_latency_of_all_who_should_have_come_meanwh
 }
 
 #[test]
+fn requests_held_up_by_an_earlier_one_count_from_when_they_were_due() {
+    let server = Server::start(|mut stream| {
+        server::request(&mut stream).unwrap();
+        std::thread::sleep(200 * MS); // the stall to be seen
+        server::respond(&mut stream, BODY);
+        serve(stream);
+    });
+    let mut spec = Spec::new(server.address).keep_alive(1, 10 * MS).duration(600 * MS);
+    spec.keep_alive_requests = 30;
+    let running = spawn(spec).unwrap();
+    running.wait_answered(30, PATIENT).unwrap();
+    let report = running.stop_and_join().unwrap();
+    server.finish();
+    // 200, 190, 180 … for the first twenty, not 200 and then nothing.
+    assert!(report.kinds[&Kind::KeepAlive].latency.p50_us > 30_000, "{report}");
+}
+
+#[test]
 fn silent_clients_are_silent_and_slow_ones_send_pieces() {
     let (sender, seen) = channel();
     let sender = Mutex::new(sender);
@@ -82,16 +100,20 @@ fn silent_clients_are_silent_and_slow_ones_send_pieces() {
         server::respond(&mut stream, BODY);
     });
     for (spec, pieces) in
-        [(Spec::new(server.address).half_open(5), 1), (Spec::new(server.address).slow(5), 4)]
+        [(Spec::new(server.address).half_open(5), false), (Spec::new(server.address).slow(5), true)]
     {
         let mut spec = spec.limit(20);
         spec.silence = (60 * MS, 120 * MS);
-        assert_all_answered(&run(spec).unwrap());
+        let report = run(spec).unwrap();
+        assert_all_answered(&report);
+        // Their own silence is no latency.
+        assert!(report.kinds.values().all(|part| part.latency.p50_us < 60_000), "{report}");
         let seen: Vec<_> = seen.try_iter().collect();
         // The server's clock starts when it gets round to accepting: allow it some delay.
         assert!(seen.iter().all(|(_, silence)| *silence > 30 * MS), "{seen:?}");
-        assert!(seen.iter().all(|(reads, _)| [1, pieces].contains(reads)), "{seen:?}");
-        assert_eq!(seen.iter().map(|(reads, _)| *reads).max(), Some(pieces), "{seen:?}");
+        // Two pieces may be read as one.
+        let most = seen.iter().map(|(reads, _)| *reads).max().unwrap();
+        assert!(if pieces { (2..=4).contains(&most) } else { most == 1 }, "{seen:?}");
     }
     assert_eq!(server.finish(), 40);
 }

@@ -78,7 +78,9 @@ pub(crate) fn request(stream: &mut TcpStream) -> Option<usize> {
 }
 
 pub(crate) fn respond(stream: &mut TcpStream, body: &str) {
-    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+    // In one write: in pieces, Nagle's algorithm would hold back the second.
+    let response = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(response.as_bytes()).unwrap();
 }
 
 /// Half of what [`respond`] would send.
@@ -96,26 +98,36 @@ pub(crate) fn defer_accept(listener: &TcpListener) {
     nix::sys::socket::setsockopt(listener, DeferAccept, &10).unwrap();
 }
 
-nix::sockopt_impl!(DeferAccept, SetOnly, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, u32);
+#[derive(Clone)]
+struct DeferAccept;
 
-/// Rows of the kernel's table of IPv4 sockets, split at white space.
-fn sockets() -> Vec<Vec<String>> {
+nix::setsockopt_impl!(
+    DeferAccept,
+    libc::IPPROTO_TCP,
+    libc::TCP_DEFER_ACCEPT,
+    u32,
+    nix::sys::socket::sockopt::SetStruct<u32>
+);
+
+/// Rows of the kernel's table of IPv4 sockets for the local address of `listener`, split at white space.
+fn sockets(listener: &TcpListener) -> Vec<Vec<String>> {
+    let local = format!(" 0100007F:{:04X} ", listener.local_addr().unwrap().port());
     let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
-    table.lines().skip(1).map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
+    let rows = table.lines().filter(|row| row.contains(&local));
+    rows.map(|row| row.split_whitespace().map(str::to_owned).collect()).collect()
 }
 
 /// Connections waiting in the accept queue of `listener`.
 pub(crate) fn depth(listener: &TcpListener) -> u64 {
     let inode =
         std::fs::metadata(format!("/proc/self/fd/{}", listener.as_raw_fd())).unwrap().ino().to_string();
-    let row = sockets().into_iter().find(|row| row[9] == inode).unwrap();
+    let row = sockets(listener).into_iter().find(|row| row[9] == inode).unwrap();
     u64::from_str_radix(row[4].split(':').nth(1).unwrap(), 16).unwrap()
 }
 
 /// Handshakes on the port of `listener` that wait for the client's last step.
 pub(crate) fn half_open(listener: &TcpListener) -> u64 {
-    let local = format!("0100007F:{:04X}", listener.local_addr().unwrap().port());
-    sockets().iter().filter(|row| row[1] == local && row[3] == "03").count() as u64
+    sockets(listener).iter().filter(|row| row[3] == "03").count() as u64
 }
 
 /// Waits until `connections` wait in the accept queues of `listeners` together.

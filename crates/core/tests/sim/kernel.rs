@@ -200,18 +200,21 @@ impl Kernel {
         }
     }
 
-    /// `ebpf`: a socket has one key at most, and must listen.
+    /// `ebpf`: a socket has one key at most, and must listen; who was under the key before is there no more.
     pub(crate) fn admit(&mut self, listener: ListenerId, key: u32) -> Result<(), i32> {
         let socket = self.sockets.get_mut(&listener).ok_or(EINVAL)?;
         if socket.stage != Stage::Listening {
             return Err(EINVAL);
         }
         let keys = &mut self.groups.entry(socket.group).or_default().keys;
-        if socket.key.is_some() || keys.contains_key(&key) {
+        if socket.key.is_some() {
             return Err(EBUSY);
         }
         socket.key = Some(key);
-        keys.insert(key, listener);
+        let before = keys.insert(key, listener);
+        if let Some(socket) = before.and_then(|before| self.sockets.get_mut(&before)) {
+            socket.key = None;
+        }
         Ok(())
     }
 

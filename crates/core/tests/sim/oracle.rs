@@ -44,6 +44,16 @@ pub(crate) struct Tally {
     pub(crate) strays: u64,
 }
 
+impl Tally {
+    pub(crate) fn add(&mut self, other: &Tally) {
+        self.connections += other.connections;
+        self.accepted += other.accepted;
+        self.excused += other.excused;
+        self.counted += other.counted;
+        self.strays += other.strays;
+    }
+}
+
 impl Oracle {
     pub(crate) fn new(engine: Engine) -> Oracle {
         Oracle {

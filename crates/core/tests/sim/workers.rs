@@ -3,7 +3,7 @@
 use crate::kernel::{Holder, Stage};
 use crate::rng::Rng;
 use crate::world::{Happening, MS, World};
-use reuseportd_core::{Event, Exit, Found, Generation, GroupId, ListenerId, Problem, Readiness, Seat, WorkerId};
+use reuseportd_core::{Event, Exit, Found, Generation, GroupId, ListenerId, Problem, Readiness, WorkerId};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -101,7 +101,6 @@ impl Temper {
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) generation: Generation,
-    pub(crate) seat: Seat,
     pub(crate) temper: Temper,
     readiness: Readiness,
     groups: Vec<GroupId>,
@@ -124,11 +123,10 @@ pub(crate) struct Worker {
 }
 
 impl World {
-    pub(crate) fn start_worker(&mut self, id: WorkerId, generation: Generation, seat: Seat, temper: Temper) {
+    pub(crate) fn start_worker(&mut self, id: WorkerId, generation: Generation, temper: Temper) {
         let plan = &self.plans[&generation];
         let worker = Worker {
             generation,
-            seat,
             temper,
             readiness: plan.readiness,
             groups: plan.groups.clone(),

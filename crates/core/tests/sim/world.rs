@@ -41,7 +41,6 @@ pub(crate) struct World {
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
     pub(crate) oracle: Oracle,
     pub(crate) master: Master,
-    pub(crate) engine: Engine,
     /// What each generation was launched from.
     pub(crate) plans: BTreeMap<Generation, Plan>,
     /// The latest wish.
@@ -71,7 +70,8 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(seed: u64, engine: Engine, verbose: bool) -> World {
         let mut rng = Rng::new(seed);
-        let kernel = Kernel { migrates_by_hash: rng.permille(200), ..Kernel::default() };
+        let mut kernel = Kernel::default();
+        kernel.migrates_by_hash = rng.permille(200);
         World {
             now: rng.between(1, 1_000_000) * MS,
             rng,
@@ -79,7 +79,6 @@ impl World {
             workers: BTreeMap::new(),
             oracle: Oracle::new(engine),
             master: Master::new(engine),
-            engine,
             plans: BTreeMap::new(),
             plan: None,
             faults: true,
@@ -232,13 +231,13 @@ impl World {
 
     fn perform(&mut self, command: Command) {
         match command {
-            Command::Spawn { worker, generation, seat } => {
+            Command::Spawn { worker, generation, .. } => {
                 let bad = if self.faults { self.bad } else { 0 };
                 let handover = self.rng.permille(self.handover);
                 let temper = Temper::draw(&mut self.rng, handover, bad, self.accept);
                 match self.fault(bad / 20) {
                     Ok(()) => {
-                        self.start_worker(worker, generation, seat, temper);
+                        self.start_worker(worker, generation, temper);
                         self.answer(Event::Spawned { worker });
                     }
                     Err(errno) => self.answer(Event::SpawnFailed { worker, errno }),

@@ -8,4 +8,7 @@ mod raw;
 pub mod steering;
 
 pub use raw::BpfError;
-pub use steering::{COUNTER_SLOTS, Counters, EbpfGroup, PLAN_RECORDS, Plan, Probe, RANGES_MAX, Range};
+pub use steering::{
+    CAPACITY_DEFAULT, COUNTER_SLOTS, Counters, EbpfGroup, PLAN_RECORDS, Plan, Probe, RANGE_KEYS, RANGES_MAX,
+    Range,
+};

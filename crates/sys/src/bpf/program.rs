@@ -19,16 +19,15 @@
 //! }
 //! ```
 //!
-//! Both loops are one flat loop bounded by [`TRIES_MAX`]. Every scalar that lives across an iteration is
-//! masked, so the verifier sees the same state each time round and its work grows linearly.
+//! The verifier walks every iteration, so the loop is written to cost it little: no state is carried from one
+//! range to the next, and within a range only the number of keys tried is known to it.
 
 use super::asm::{AsmError, Assembler, Cond, Insn, Op, Reg, Size};
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 use Size::{Double, Half, Word};
 
-/// Keys and range changes one connection may cost at most; the sum of all range sizes of a plan plus its
-/// ranges has to stay below.
-pub const TRIES_MAX: i32 = 2100;
+/// Keys a range may have: the bound that lets the verifier follow the loop to its end.
+pub const RANGE_KEYS_MAX: i32 = 1024;
 /// Ranges in a plan record. A power of two, because indices are masked.
 pub const RANGES: usize = 4;
 /// Entry of the control map that names the plan record in force.
@@ -50,9 +49,6 @@ pub const COUNTER_BYTES: usize = 16;
 const RANGES_I32: i32 = 4;
 const RANGE_STRIDE: i16 = 16;
 const RANGE_SHIFT: i32 = 4;
-/// More than any index, so that the masked counter of ranges does not wrap within a plan.
-const NEXT_MASK: i32 = 7;
-const COUNT_MASK: i32 = 0xffff;
 
 const PLAN_RANGE_COUNT: i16 = 0;
 const PLAN_ZERO: i16 = 4;
@@ -84,13 +80,11 @@ const SK_PASS: i32 = 1;
 
 // The stack frame.
 const KEY: i16 = -4;
-const REMAINING: i16 = -8;
+const BASE: i16 = -8;
 const COUNT: i16 = -12;
-const BASE: i16 = -16;
-const COUNTER: i16 = -20;
-const FIRST: i16 = -24;
-const NEXT: i16 = -28;
-const ADDRESS: i16 = -48;
+const COUNTER: i16 = -16;
+const FIRST: i16 = -20;
+const ADDRESS: i16 = -40;
 
 /// The program's maps, as descriptors of this process.
 #[derive(Clone, Copy, Debug)]
@@ -123,6 +117,7 @@ pub fn build(maps: &Maps) -> Result<Vec<Insn>, AsmError> {
     probe(&mut asm, maps);
     choose_range(&mut asm, maps);
     try_keys(&mut asm, maps);
+    ends(&mut asm, maps);
     asm.finish()
 }
 
@@ -230,67 +225,59 @@ fn choose_range(asm: &mut Assembler, maps: &Maps) {
 }
 
 /// Tries keys until one holds a listener: the range in R1 first, then the others in order.
+///
+/// R8 = index of the next range, R9 = keys tried of the present one: both in registers, where every verifier
+/// follows their values. Each branch has the way out fall through, because that is followed first.
 fn try_keys(asm: &mut Assembler, maps: &Maps) {
     asm.store(Word, R10, FIRST, R1);
-    asm.load(Word, R2, R7, PLAN_ZERO);
-    asm.alu_imm(Op::And, R2, NEXT_MASK);
-    asm.store(Word, R10, NEXT, R2);
-    asm.alu_imm(Op::Mov, R9, 0);
+    asm.alu_imm(Op::Mov, R8, 0);
     enter_range(asm);
 
     asm.label("loop");
-    asm.alu_imm(Op::Add, R9, 1);
-    asm.jump_if_imm(Cond::Gt, R9, TRIES_MAX, "unsteered");
-    asm.load(Word, R1, R10, REMAINING);
-    asm.jump_if_imm(Cond::Eq, R1, 0, "next range");
-    asm.alu_imm(Op::Add, R1, -1);
-    asm.alu_imm(Op::And, R1, COUNT_MASK);
-    asm.store(Word, R10, REMAINING, R1);
-    asm.load(Word, R1, R10, BASE);
-    asm.alu(Op::Add, R1, R8);
-    asm.store(Word, R10, KEY, R1);
+    asm.jump_if_imm(Cond::Eq, R9, RANGE_KEYS_MAX, "next range");
     asm.load(Word, R1, R10, COUNT);
-    asm.alu_imm(Op::Add, R8, 1);
-    asm.alu(Op::Mod, R8, R1);
-    select(asm, maps);
-    asm.jump_if_imm(Cond::Ne, R0, 0, "loop");
-    count_and_exit(asm, maps);
+    asm.jump_if(Cond::Lt, R9, R1, "try");
 
     asm.label("next range");
-    asm.load(Word, R1, R10, NEXT);
-    asm.load(Word, R2, R7, PLAN_RANGE_COUNT);
-    asm.jump_if(Cond::Lt, R1, R2, "advance");
+    asm.jump_if_imm(Cond::Eq, R8, RANGES_I32, "unsteered");
+    asm.load(Word, R1, R7, PLAN_RANGE_COUNT);
+    asm.jump_if(Cond::Lt, R8, R1, "other");
     asm.jump("unsteered");
-    asm.label("advance");
-    asm.alu(Op::Mov, R2, R1);
-    asm.alu_imm(Op::Add, R2, 1);
-    asm.alu_imm(Op::And, R2, NEXT_MASK);
-    asm.store(Word, R10, NEXT, R2);
+    asm.label("other");
+    asm.alu(Op::Mov, R1, R8);
+    asm.alu_imm(Op::Add, R8, 1);
     asm.load(Word, R2, R10, FIRST);
-    asm.jump_if(Cond::Eq, R1, R2, "loop");
+    asm.jump_if(Cond::Eq, R1, R2, "next range");
     asm.jump("enter");
+
+    asm.label("try");
+    asm.load(Word, R2, R6, CTX_HASH);
+    asm.alu(Op::Add, R2, R9);
+    asm.alu(Op::Mod, R2, R1);
+    asm.load(Word, R1, R10, BASE);
+    asm.alu(Op::Add, R2, R1);
+    asm.store(Word, R10, KEY, R2);
+    asm.alu_imm(Op::Add, R9, 1);
+    select(asm, maps);
+    asm.jump_if_imm(Cond::Ne, R0, 0, "loop");
+    asm.jump("found");
 }
 
 /// Makes the range with index R1 the one whose keys are tried.
 fn enter_range(asm: &mut Assembler) {
     asm.label("enter");
-    asm.alu_imm(Op::And, R1, RANGES_I32 - 1);
     asm.alu_imm(Op::Shl, R1, RANGE_SHIFT);
     asm.alu(Op::Add, R1, R7);
-    asm.load(Word, R2, R1, RANGE_BASE);
-    asm.store(Word, R10, BASE, R2);
-    asm.load(Word, R2, R1, RANGE_COUNTER);
-    asm.store(Word, R10, COUNTER, R2);
-    asm.load(Word, R2, R1, RANGE_COUNT);
-    asm.alu_imm(Op::And, R2, COUNT_MASK);
-    asm.store(Word, R10, COUNT, R2);
-    asm.store(Word, R10, REMAINING, R2);
-    asm.load(Word, R8, R6, CTX_HASH);
-    asm.alu(Op::Mod, R8, R2);
+    for (field, slot) in [(RANGE_BASE, BASE), (RANGE_COUNT, COUNT), (RANGE_COUNTER, COUNTER)] {
+        asm.load(Word, R2, R1, field);
+        asm.store(Word, R10, slot, R2);
+    }
+    asm.alu_imm(Op::Mov, R9, 0);
 }
 
-/// The ends of the program; falls in when a listener was selected. R9 is the verdict from here on.
-fn count_and_exit(asm: &mut Assembler, maps: &Maps) {
+/// The ends of the program. R9 is the verdict from here on.
+fn ends(asm: &mut Assembler, maps: &Maps) {
+    asm.label("found");
     asm.alu_imm(Op::Mov, R9, SK_PASS);
     asm.load(Word, R1, R10, COUNTER);
     asm.store(Word, R10, KEY, R1);

@@ -63,7 +63,7 @@ impl BpfError {
 
 fn remedy(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => {
+        Some(libc::EPERM) => {
             " (the ebpf engine needs CAP_BPF: AmbientCapabilities=CAP_BPF in the unit, or steering.engine = \"cbpf\")"
         }
         Some(libc::ENOSYS) => " (this kernel has no bpf(2): use steering.engine = \"cbpf\")",

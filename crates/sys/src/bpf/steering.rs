@@ -4,7 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use super::program::{
-    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_GROUP, Maps, PLAN_BYTES, PROBE_BYTES, TRIES_MAX,
+    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_GROUP, Maps, PLAN_BYTES, PROBE_BYTES,
+    RANGE_KEYS_MAX,
 };
 use super::raw::{self, BpfError, MapType};
 use crate::socket;
@@ -15,6 +16,8 @@ pub const PLAN_RECORDS: u32 = 64;
 pub const COUNTER_SLOTS: u32 = COUNTER_GROUP;
 /// Ranges a plan may have.
 pub const RANGES_MAX: usize = program::RANGES;
+/// Keys a range may have.
+pub const RANGE_KEYS: u32 = RANGE_KEYS_MAX.cast_unsigned();
 /// Keys of a group unless told otherwise.
 pub const CAPACITY_DEFAULT: u32 = 8192;
 /// Probe records are 1 and 2: one in force, one to be written.
@@ -28,7 +31,7 @@ pub struct Range {
     pub weight_below: u32,
     /// First key.
     pub base: u32,
-    /// Number of keys, at most 1024 in practice; keys without a listener are skipped.
+    /// Number of keys, at most [`RANGE_KEYS`]; keys without a listener are skipped.
     pub count: u32,
     /// Counter slot, below [`COUNTER_SLOTS`].
     pub counter: u32,
@@ -37,7 +40,7 @@ pub struct Range {
 /// Where connections go: immutable once it is in force. Without ranges new connections are refused at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// At most [`RANGES_MAX`], with 2048 keys in all.
+    /// At most [`RANGES_MAX`].
     pub ranges: Vec<Range>,
 }
 
@@ -277,10 +280,8 @@ pub(super) fn encode_plan(plan: &Plan) -> Result<[u8; PLAN_BYTES], BpfError> {
     if plan.ranges.len() > RANGES_MAX {
         return Err(BpfError::Invalid(format!("a plan has at most {RANGES_MAX} ranges, not {ranges}")));
     }
-    let keys: u64 = plan.ranges.iter().map(|range| u64::from(range.count)).sum();
-    let keys_max = u64::from(TRIES_MAX.cast_unsigned()) - 3 * RANGES_MAX as u64;
-    if keys > keys_max {
-        return Err(BpfError::Invalid(format!("a plan has at most {keys_max} keys, not {keys}")));
+    if let Some(range) = plan.ranges.iter().find(|range| range.count > RANGE_KEYS) {
+        return Err(BpfError::Invalid(format!("a range has at most {RANGE_KEYS} keys, not {}", range.count)));
     }
     if let Some(range) = plan.ranges.iter().find(|range| range.counter >= COUNTER_SLOTS) {
         return Err(BpfError::Invalid(format!(

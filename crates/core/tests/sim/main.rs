@@ -1,0 +1,165 @@
+//! Seeded simulation of the core: a small kernel, workers of every temper, clients that connect all the time, faults.
+//!
+//! First a phase in which things go wrong and nothing may be lost, then one in which they don't and everything must
+//! come to rest. `REUSEPORTD_SIM_SEED=n` replays one seed and shows everything, `REUSEPORTD_SIM_SEEDS=n` runs so many
+//! (256), `REUSEPORTD_SIM_STEPS=n` makes the first phase longer or shorter.
+
+mod kernel;
+mod oracle;
+mod outside;
+mod protocol;
+mod rng;
+mod workers;
+mod world;
+
+use oracle::Tally;
+use reuseportd_core::{Engine, MasterState, StopMode, Trigger};
+use std::collections::BTreeMap;
+use world::{Happening, MS, World};
+
+/// Longest simulated time from the end of all faults to rest, and from a stop to the end.
+const REST: u64 = 120_000 * MS;
+
+fn knob(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| match value.parse() {
+        Ok(number) => number,
+        Err(error) => panic!("{name}={value}: {error}"),
+    })
+}
+
+/// Says how to see it again when a check fails.
+struct Replay {
+    seed: u64,
+    step: u64,
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Replay { seed, step } = self;
+            eprintln!("seed {seed}, step {step}; to see it again:");
+            eprintln!("REUSEPORTD_SIM_SEED={seed} cargo test -p reuseportd-core --test sim -- --nocapture");
+        }
+    }
+}
+
+struct Run {
+    tally: Tally,
+    outcomes: BTreeMap<&'static str, u32>,
+}
+
+fn run(seed: u64, steps: u64, verbose: bool) -> Run {
+    let engine = [Engine::Ebpf, Engine::Cbpf, Engine::Ebpf, Engine::Cbpf, Engine::None][(seed % 5) as usize];
+    let mut world = World::new(seed, engine, verbose);
+    let mut replay = Replay { seed, step: 0 };
+    world.groups = u16::try_from(world.rng.between(1, 3)).unwrap_or(1);
+    world.pace = world.rng.between(2, 40) * MS;
+    world.accept = [0, MS, 5 * MS, 20 * MS][world.rng.index(4)];
+    world.trace(format_args!("seed {seed}, {engine:?}, {} groups", world.groups));
+    world.upgrade(Trigger::Start);
+    world.later(0, Happening::Client);
+    world.later(500 * MS, Happening::Operator);
+    if world.rng.permille(200) {
+        world.later(0, Happening::Stranger);
+    }
+    while replay.step < steps && world.oracle.protocol.exit.is_none() && world.step() {
+        replay.step += 1;
+    }
+    come_to_rest(&mut world, &mut replay);
+    end(&mut world, &mut replay);
+    Run { tally: world.oracle.tally, outcomes: world.oracle.protocol.outcomes.clone() }
+}
+
+/// No faults any more: within bounded time everything is as the operator wants it, and stays so through an upgrade.
+fn come_to_rest(world: &mut World, replay: &mut Replay) {
+    world.faults = false;
+    world.trace(format_args!("no faults from here on"));
+    while !world.strangers.is_empty() {
+        world.next_stranger();
+    }
+    for round in 0..2 {
+        let until = world.now + REST;
+        while world.oracle.protocol.exit.is_none() && !world.rests() {
+            assert!(world.now < until, "no rest: {:?}", world.unrest());
+            assert!(world.step(), "nothing will ever happen, but: {:?}", world.unrest());
+            replay.step += 1;
+        }
+        if world.oracle.protocol.exit.is_some() {
+            return;
+        }
+        world.oracle.judge_rest(&world.kernel, &world.workers);
+        if round == 0 {
+            world.upgrade(Trigger::Command);
+        }
+    }
+    world.clients = false;
+    let until = world.now + 20_000 * MS;
+    while world.now < until && world.step() {
+        replay.step += 1;
+    }
+    world.oracle.judge_end(&world.kernel);
+}
+
+/// After a stop nobody is left.
+fn end(world: &mut World, replay: &mut Replay) {
+    if world.oracle.protocol.exit.is_none() {
+        world.clients = true;
+        world.later(0, Happening::Client);
+        world.stop(StopMode::Graceful);
+    }
+    let until = world.now + REST;
+    while world.oracle.protocol.exit.is_none() {
+        assert!(world.now < until && world.step(), "no end: {:?}", world.unrest());
+        replay.step += 1;
+    }
+    for (id, worker) in &world.workers {
+        assert!(!worker.runs && !worker.child && worker.reaped, "{id:?} is left behind");
+    }
+}
+
+impl World {
+    /// Steady, every seat serves, and nobody else lives.
+    fn rests(&self) -> bool {
+        self.unrest().is_none()
+    }
+
+    fn unrest(&self) -> Option<String> {
+        let state = self.master.state();
+        if state != MasterState::Steady {
+            return Some(format!("{state:?}"));
+        }
+        if !self.oracle.protocol.is_quiet() {
+            return Some("somebody waits for an answer".to_owned());
+        }
+        let active = self.oracle.protocol.active()?;
+        let seats = u32::from(self.plans[&active].workers);
+        let mut serving = 0;
+        for (id, worker) in &self.workers {
+            let serves = worker.runs && worker.generation == active && self.oracle.protocol.is_serving(*id);
+            serving += u32::from(serves);
+            if !serves && (worker.runs || worker.child || !worker.reaped) {
+                return Some(format!("{id:?} lives: {worker:?}"));
+            }
+        }
+        (serving != seats).then(|| format!("{serving} of {seats} seats serve"))
+    }
+}
+
+#[test]
+fn nothing_is_lost_and_everything_ends() {
+    let steps = knob("REUSEPORTD_SIM_STEPS").unwrap_or(4000);
+    if let Some(seed) = knob("REUSEPORTD_SIM_SEED") {
+        run(seed, steps, std::env::var_os("REUSEPORTD_SIM_QUIET").is_none());
+        return;
+    }
+    let mut sum = Tally::default();
+    let mut outcomes: BTreeMap<&str, u32> = BTreeMap::new();
+    for seed in 0..knob("REUSEPORTD_SIM_SEEDS").unwrap_or(256) {
+        let run = run(seed, steps, false);
+        sum.add(&run.tally);
+        for (name, count) in run.outcomes {
+            *outcomes.entry(name).or_default() += count;
+        }
+    }
+    eprintln!("{sum:?} {outcomes:?}");
+}

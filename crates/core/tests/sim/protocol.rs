@@ -1,0 +1,378 @@
+//! The part of the judge that watches processes, generations, tickets and notices: what may follow what.
+
+use crate::kernel::{Holder, Kernel, Stage};
+use crate::workers::Worker;
+use reuseportd_core::{
+    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Receipt, Report, Seat,
+    Signal, StopMode, Ticket, Trigger, WorkerId,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+type Workers = BTreeMap<WorkerId, Worker>;
+
+/// One worker as the orders and answers show it.
+#[derive(Clone, Copy, Debug)]
+struct Life {
+    generation: Generation,
+    seat: Seat,
+    /// What `Spawn` was answered with.
+    answered: Option<bool>,
+    spawned: u64,
+    ready: bool,
+    /// Told to stop, first.
+    stopped: Option<u64>,
+    replaced: bool,
+    exited: Option<u64>,
+    reaped: bool,
+}
+
+/// A seat's respawns.
+#[derive(Clone, Copy, Debug, Default)]
+struct Respawns {
+    /// The last announced pause.
+    pause: Option<Duration>,
+    /// Not before.
+    after: u64,
+}
+
+pub(crate) struct Protocol {
+    engine: Engine,
+    lives: BTreeMap<WorkerId, Life>,
+    respawns: BTreeMap<(Generation, Seat), Respawns>,
+    plans: BTreeMap<Generation, Plan>,
+    active: Option<Generation>,
+    /// Launched, and its end not told.
+    launching: Option<Generation>,
+    failed: BTreeSet<Generation>,
+    refused_to_steer: BTreeSet<GroupId>,
+    open_tickets: BTreeSet<Ticket>,
+    notices: Vec<Notice>,
+    stop: Option<(StopMode, u64)>,
+    pub(crate) exit: Option<u8>,
+    pub(crate) outcomes: BTreeMap<&'static str, u32>,
+    ended: BTreeSet<u32>,
+}
+
+impl Protocol {
+    pub(crate) fn new(engine: Engine) -> Protocol {
+        Protocol {
+            engine,
+            lives: BTreeMap::new(),
+            respawns: BTreeMap::new(),
+            plans: BTreeMap::new(),
+            active: None,
+            launching: None,
+            failed: BTreeSet::new(),
+            refused_to_steer: BTreeSet::new(),
+            open_tickets: BTreeSet::new(),
+            notices: Vec::new(),
+            stop: None,
+            exit: None,
+            outcomes: BTreeMap::new(),
+            ended: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn active(&self) -> Option<Generation> {
+        self.active
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stop.is_some()
+    }
+
+    /// The service answers on this group: the active generation has it, and nobody wants to stop.
+    pub(crate) fn promises(&self, group: GroupId) -> bool {
+        let plan = self.active.and_then(|active| self.plans.get(&active));
+        self.stop.is_none() && plan.is_some_and(|plan| plan.groups.contains(&group))
+    }
+
+    pub(crate) fn is_ready(&self, worker: WorkerId) -> bool {
+        self.lives.get(&worker).is_some_and(|life| life.ready)
+    }
+
+    pub(crate) fn is_serving(&self, worker: WorkerId) -> bool {
+        self.lives.get(&worker).is_some_and(|life| life.ready && life.exited.is_none() && life.stopped.is_none())
+    }
+
+    pub(crate) fn has_exited(&self, worker: WorkerId) -> bool {
+        self.lives.get(&worker).is_some_and(|life| life.exited.is_some())
+    }
+
+    pub(crate) fn steer_failed(&self, group: GroupId) -> bool {
+        self.refused_to_steer.contains(&group)
+    }
+
+    /// The shortest wait for half-open handshakes of any generation so far.
+    pub(crate) fn settle_min(&self) -> Duration {
+        self.plans.values().map(|plan| plan.settle_timeout).min().unwrap_or_default()
+    }
+
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.open_tickets.is_empty() && self.launching.is_none()
+    }
+
+    pub(crate) fn event(&mut self, event: &Event, now: u64) {
+        match event {
+            Event::Upgrade { by: Some((ticket, _)), .. } => {
+                self.open_tickets.insert(*ticket);
+            }
+            Event::Stop { mode, by } => {
+                self.open_tickets.extend(by);
+                let fast = *mode == StopMode::Fast || self.stop.is_some();
+                let since = self.stop.map_or(now, |(_, since)| since);
+                self.stop = Some((if fast { StopMode::Fast } else { StopMode::Graceful }, since));
+            }
+            Event::Spawned { worker } => self.answered(*worker, true),
+            Event::SpawnFailed { worker, .. } => self.answered(*worker, false),
+            Event::Exited { worker, .. } => {
+                if let Some(life) = self.lives.get_mut(worker) {
+                    life.exited = Some(now);
+                }
+            }
+            Event::Steered { group, result } => {
+                if result.is_ok() {
+                    self.refused_to_steer.remove(group);
+                } else {
+                    self.refused_to_steer.insert(*group);
+                }
+            }
+            Event::Admitted { listener: _, result: _ } => {}
+            _ => {}
+        }
+    }
+
+    fn answered(&mut self, worker: WorkerId, well: bool) {
+        if let Some(life) = self.lives.get_mut(&worker) {
+            life.answered = Some(well);
+        }
+    }
+
+    pub(crate) fn command(&mut self, command: &Command, now: u64, kernel: &Kernel, workers: &Workers) {
+        assert!(self.exit.is_none(), "{command:?} after the end");
+        match command {
+            Command::Spawn { worker, generation, seat } => self.spawn(*worker, *generation, *seat, now),
+            Command::Signal { worker, signal } => self.signal(*worker, *signal, now),
+            Command::Reap { worker } => {
+                let life = self.life(*worker);
+                assert!(life.exited.is_some() && !life.reaped, "reaped out of turn: {life:?}");
+                assert!(!workers[worker].child, "{worker:?} was reaped before its remains were gone");
+                life.reaped = true;
+            }
+            Command::Tell { worker, order } => self.told(*worker, *order, now, kernel, workers),
+            Command::Find { worker } | Command::CheckRemains { worker } => {
+                let life = self.life(*worker);
+                assert!(!life.reaped, "{command:?} of somebody forgotten");
+            }
+            Command::Listen { listener } => {
+                let socket = &kernel.sockets[listener];
+                assert!(holds(kernel, *listener) && socket.stage == Stage::Bound, "{command:?} of {socket:?}");
+            }
+            Command::Admit { listener, .. } => assert!(holds(kernel, *listener), "{command:?} without a handle"),
+            Command::Release { listener, shutdown } => self.release(*listener, *shutdown, kernel),
+            Command::Steer { ranges, .. } => {
+                assert_eq!(self.engine, Engine::Ebpf);
+                let sum: u32 = ranges.iter().map(|range| u32::from(range.weight)).sum();
+                assert!(ranges.is_empty() || sum == 1000, "weights of {command:?}");
+            }
+            Command::Attach { shares, .. } => {
+                assert_eq!(self.engine, Engine::Cbpf);
+                let sum: u32 = shares.iter().map(|share| u32::from(share.weight)).sum();
+                assert_eq!(sum, 1000, "weights of {command:?}");
+            }
+            Command::Reply { to, .. } => assert!(self.open_tickets.remove(to), "{to:?} was answered twice"),
+            Command::Notify(notice) => self.notice(*notice),
+            Command::Exit { code } => self.exits(*code),
+            Command::Evict { .. }
+            | Command::Anchor { .. }
+            | Command::Owns { .. }
+            | Command::Observe { .. }
+            | Command::Count { .. }
+            | Command::Report(_) => {}
+        }
+    }
+
+    fn life(&mut self, worker: WorkerId) -> &mut Life {
+        let Some(life) = self.lives.get_mut(&worker) else { panic!("{worker:?} was never spawned") };
+        life
+    }
+
+    fn spawn(&mut self, worker: WorkerId, generation: Generation, seat: Seat, now: u64) {
+        assert!(self.lives.keys().next_back().is_none_or(|last| *last < worker), "{worker:?} is not new");
+        assert!(self.stop.is_none(), "{worker:?} is spawned although the service ends");
+        assert!(seat.0 < self.plans[&generation].workers, "{seat:?} of {generation:?} does not exist");
+        let wanted = self.active == Some(generation) || self.launching == Some(generation);
+        assert!(wanted && !self.failed.contains(&generation), "{generation:?} is spawned although it is over");
+        let lives = |life: &Life| life.exited.is_none() && life.answered != Some(false);
+        let twin = self.lives.values().find(|l| l.generation == generation && l.seat == seat && lives(l));
+        assert!(twin.is_none(), "{seat:?} of {generation:?} is taken by {twin:?}");
+        if let Some(respawns) = self.respawns.get(&(generation, seat)) {
+            assert!(now >= respawns.after, "{seat:?} of {generation:?} was respawned before its pause was over");
+        }
+        let life = Life {
+            generation,
+            seat,
+            answered: None,
+            spawned: now,
+            ready: false,
+            stopped: None,
+            replaced: false,
+            exited: None,
+            reaped: false,
+        };
+        self.lives.insert(worker, life);
+    }
+
+    /// A worker of the generation that serves is left alone, unless the service ends or it broke by itself.
+    fn may_end(&self, life: &Life) -> bool {
+        let is_active = self.active == Some(life.generation);
+        self.stop.is_some() || !is_active || life.exited.is_some() || life.replaced || !life.ready
+    }
+
+    fn signal(&mut self, worker: WorkerId, signal: Signal, now: u64) {
+        let life = *self.life(worker);
+        assert!(!life.reaped && life.answered == Some(true), "{signal:?} to nobody: {life:?}");
+        assert!(self.may_end(&life), "{signal:?} to {worker:?}, which serves: {life:?}");
+        if signal == Signal::KillGroup && life.exited.is_none() {
+            let fast = matches!(self.stop, Some((StopMode::Fast, _)));
+            let unproven = !life.ready || self.failed.contains(&life.generation) || life.replaced;
+            let told = life.stopped.is_some() || self.past_drain(&life, now);
+            assert!(fast || unproven || told, "{worker:?} was killed without being told: {life:?}");
+        }
+        if signal == Signal::Stop {
+            assert!(life.exited.is_none(), "{worker:?} has ended already");
+            self.life(worker).stopped.get_or_insert(now);
+        }
+    }
+
+    fn past_drain(&self, life: &Life, now: u64) -> bool {
+        Duration::from_nanos(now - life.spawned) >= self.plans[&life.generation].drain_timeout
+    }
+
+    fn told(&mut self, worker: WorkerId, order: Order, now: u64, kernel: &Kernel, workers: &Workers) {
+        let life = *self.life(worker);
+        assert!(!life.reaped, "{order:?} to somebody forgotten");
+        assert!(workers[&worker].temper.handover, "{order:?} to {worker:?}, which does not listen to orders");
+        match order {
+            Order::Serve => {}
+            Order::Stop => {
+                assert!(self.may_end(&life), "{worker:?} serves and was told to stop: {life:?}");
+                self.life(worker).stopped.get_or_insert(now);
+            }
+            Order::Take(listener) => assert!(holds(kernel, listener), "leftovers without a handle: {listener:?}"),
+        }
+    }
+
+    /// A listener of a worker that serves stays, whatever happens to the master's handle.
+    fn release(&mut self, listener: ListenerId, shutdown: bool, kernel: &Kernel) {
+        assert!(holds(kernel, listener), "a handle of {listener:?} is dropped that is not there");
+        let socket = &kernel.sockets[&listener];
+        if let Some(owner) = socket.owner
+            && socket.is_owned()
+            && shutdown
+        {
+            let life = *self.life(owner);
+            assert!(self.may_end(&life), "{listener:?} of {owner:?} was shut down, which serves");
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        if matches!(notice, Notice::Extend(_)) {
+            return;
+        }
+        let last = self.notices.last().copied();
+        let legal = match notice {
+            Notice::Ready => matches!(last, None | Some(Notice::Reloading)),
+            Notice::Reloading => last == Some(Notice::Ready),
+            Notice::Stopping => last != Some(Notice::Stopping),
+            Notice::Extend(_) => true,
+        };
+        assert!(legal, "{notice:?} after {:?}", self.notices);
+        self.notices.push(notice);
+    }
+
+    fn exits(&mut self, code: u8) {
+        let left: Vec<_> = self.lives.iter().filter(|(_, l)| l.answered != Some(false) && !l.reaped).collect();
+        assert!(left.is_empty(), "the master ended before {left:?}");
+        assert!(self.open_tickets.is_empty(), "never answered: {:?}", self.open_tickets);
+        assert_eq!(code, u8::from(self.active.is_none() && self.launching_failed()), "exit code");
+        self.exit = Some(code);
+    }
+
+    /// The first generation failed, rather than having been stopped.
+    fn launching_failed(&self) -> bool {
+        !self.failed.is_empty() && self.stop.is_none()
+    }
+
+    pub(crate) fn report(&mut self, report: &Report, now: u64, plans: &BTreeMap<Generation, Plan>) {
+        match report {
+            Report::Launching(generation, _) => {
+                assert!(self.launching.is_none(), "{generation:?} beside {:?}", self.launching);
+                assert!(self.plans.keys().next_back().is_none_or(|last| last < generation));
+                self.plans.insert(*generation, plans[generation].clone());
+                self.launching = Some(*generation);
+            }
+            Report::WorkerReady(worker) => self.life(*worker).ready = true,
+            Report::Replaced(worker, _) => self.life(*worker).replaced = true,
+            Report::ListenerLost(_) => {}
+            Report::Switched(generation) => {
+                assert_eq!(self.launching, Some(*generation));
+                let seats = self.plans[generation].workers;
+                for seat in 0..seats {
+                    let filled = |l: &Life| l.generation == *generation && l.seat == Seat(seat) && l.ready;
+                    assert!(self.lives.values().any(filled), "switched without {:?}", Seat(seat));
+                }
+                self.active = Some(*generation);
+            }
+            Report::Ended(receipt) => self.ended(receipt),
+            Report::Respawning(generation, seat, pause) => self.respawning(*generation, *seat, *pause, now),
+            Report::Bug(what) => panic!("the core reports a bug: {what}"),
+            _ => {}
+        }
+    }
+
+    fn ended(&mut self, receipt: &Receipt) {
+        if !self.ended.insert(receipt.serial) {
+            return;
+        }
+        let name = match receipt.outcome {
+            Outcome::Completed => "completed",
+            Outcome::RolledBack => "rolled back",
+            Outcome::Refused => "refused",
+        };
+        *self.outcomes.entry(name).or_default() += 1;
+        let Some(to) = receipt.to else { return };
+        assert_eq!(self.launching.take(), Some(to), "an end without a beginning");
+        match receipt.outcome {
+            Outcome::Completed => assert_eq!(self.active, Some(to), "completed without a switch"),
+            Outcome::RolledBack | Outcome::Refused => {
+                assert_ne!(self.active, Some(to), "rolled back after the switch");
+                assert!(receipt.reason.is_some(), "failed without a reason");
+                self.failed.insert(to);
+            }
+        }
+        let first = receipt.trigger == Trigger::Start;
+        assert_eq!(first, receipt.from.is_none(), "from nowhere: {receipt:?}");
+    }
+
+    /// At once the first time, then at least the configured pause, which doubles and only a stable run ends.
+    fn respawning(&mut self, generation: Generation, seat: Seat, pause: Duration, now: u64) {
+        let plan = &self.plans[&generation];
+        let last = self.lives.values().rfind(|life| life.generation == generation && life.seat == seat);
+        let ran = last.map_or(Duration::ZERO, |life| Duration::from_nanos(now - life.spawned));
+        let respawns = self.respawns.entry((generation, seat)).or_default();
+        let before = if ran >= plan.stable_after { None } else { respawns.pause };
+        let least = match before {
+            None => Duration::ZERO,
+            Some(Duration::ZERO) => plan.backoff,
+            Some(before) => (before * 2).min(plan.backoff_max),
+        };
+        assert!(pause >= least, "{seat:?} of {generation:?} pauses {pause:?}, not {least:?}");
+        *respawns = Respawns { pause: Some(pause), after: now + u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX) };
+    }
+}
+
+fn holds(kernel: &Kernel, listener: ListenerId) -> bool {
+    kernel.sockets[&listener].holders.contains(&Holder::Master)
+}

@@ -1,0 +1,13 @@
+//! What the running kernel does, asserted: the facts that the simulated kernel of the core's tests and the
+//! promises of the program stand on. A fact that stops being true here is a change of design, not of a test.
+//!
+//! Facts that need privilege say `SKIPPED` on standard error without it; with
+//! `REUSEPORTD_TEST_REQUIRE=all` in the environment that is a failure.
+#![allow(unsafe_code, reason = "tests make namespaces and change users, for which there is no safe call")]
+
+mod handover;
+mod overlap;
+mod process;
+mod slots;
+mod steering;
+mod world;

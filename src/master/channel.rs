@@ -1,0 +1,133 @@
+//! The master's side of the handover channel.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use reuseportd_core::{Event, GroupId, ListenerId, Order, WorkerId};
+use reuseportd_sys::socket;
+use reuseportd_wire::channel::{ChannelError, DATAGRAM_BYTES_MAX, FromWorker, ToWorker};
+
+use super::Shell;
+use super::process::printable;
+
+/// Messages handled before others have their turn.
+const TURN: usize = 16;
+
+impl Shell {
+    /// Reads what a worker says.
+    pub(super) fn read_channel(&mut self, worker: WorkerId) {
+        let mut buffer = [0; DATAGRAM_BYTES_MAX + 1];
+        for _ in 0..TURN {
+            let Some(process) = self.processes.get_mut(&worker) else { return };
+            let Some(channel) = &process.channel else { return };
+            match socket::recv_with_fds(channel.as_fd(), &mut buffer) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Ok(received) if received.bytes > 0 => {
+                    let message = FromWorker::decode(buffer.get(..received.bytes).unwrap_or_default());
+                    self.heard(worker, message, received.fds);
+                }
+                // Its end is closed, or beyond use: an unmodified worker never had a use for it.
+                Ok(_) | Err(_) => {
+                    process.channel = None;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn heard(&mut self, worker: WorkerId, message: Result<FromWorker, ChannelError>, fds: Vec<OwnedFd>) {
+        match message {
+            Ok(FromWorker::Ready(names)) => {
+                let listeners = self.take_bound(worker, &names, fds);
+                self.inbox.push_back(Event::Ready { worker, listeners });
+            }
+            Ok(FromWorker::Drained) => self.inbox.push_back(Event::Drained { worker }),
+            Ok(FromWorker::Taken { name, count }) => {
+                if let Some(listener) = self.taking.remove(&(worker, name)) {
+                    self.inbox.push_back(Event::Taken { listener, count });
+                }
+            }
+            Ok(FromWorker::Error(text)) => {
+                let text = printable(&text);
+                tracing::warn!(worker = worker.0, text, "a worker reports an error");
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.detail = Some(text);
+                }
+            }
+            Ok(FromWorker::Unknown(verb)) => {
+                tracing::warn!(worker = worker.0, verb = printable(&verb), "a worker does not know an order");
+            }
+            Err(ChannelError::UnknownVerb(verb)) => self.say(worker, &ToWorker::Unknown(verb), None),
+            Err(error) => tracing::warn!(worker = worker.0, %error, "a worker's message is not understood"),
+        }
+    }
+
+    /// Takes in the sockets of a `ready`. One that can't serve is left out, and the worker is found wanting.
+    fn take_bound(&mut self, worker: WorkerId, names: &[String], fds: Vec<OwnedFd>) -> Vec<(GroupId, ListenerId)> {
+        let mut listeners = Vec::new();
+        if names.len() != fds.len() {
+            self.set_wrong(worker, format!("its ready names {} listeners and carries {}", names.len(), fds.len()));
+            return listeners;
+        }
+        for (name, fd) in names.iter().zip(fds) {
+            let group = self.groups.named(name);
+            let address = group.and_then(|group| self.groups.of(group)).map(|group| group.address);
+            let (Some(group), Some(address)) = (group, address) else {
+                self.set_wrong(worker, format!("its ready names the listener {name:?}, which is not configured"));
+                continue;
+            };
+            match check_bound(&fd, address).and_then(|()| {
+                self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string())
+            }) {
+                Ok(listener) => listeners.push((group, listener)),
+                Err(what) => self.set_wrong(worker, format!("its listener {name:?}: {what}")),
+            }
+        }
+        listeners
+    }
+
+    fn set_wrong(&mut self, worker: WorkerId, text: String) {
+        if let Some(process) = self.processes.get_mut(&worker) {
+            process.detail = Some(text);
+        }
+    }
+
+    /// Gives an order.
+    pub(super) fn tell(&mut self, worker: WorkerId, order: Order) {
+        match order {
+            Order::Serve => self.say(worker, &ToWorker::Serve, None),
+            Order::Stop => self.say(worker, &ToWorker::Stop, None),
+            Order::Take(listener) => {
+                let group = self.listeners.of(listener).map(|listener| listener.group);
+                let Some(name) = group.map(|group| self.groups.name(group).to_owned()) else { return };
+                self.taking.insert((worker, name.clone()), listener);
+                self.say(worker, &ToWorker::Take(name), Some(listener));
+            }
+        }
+    }
+
+    fn say(&self, worker: WorkerId, message: &ToWorker, listener: Option<ListenerId>) {
+        let channel = self.processes.get(&worker).and_then(|process| process.channel.as_ref());
+        let (Some(channel), Ok(text)) = (channel, message.encode()) else { return };
+        let handle = listener.and_then(|listener| self.listeners.handle(listener));
+        let fds: Vec<_> = handle.into_iter().collect();
+        // A worker that does not listen misses orders, and is dealt with at its deadline.
+        if let Err(error) = socket::send_with_fds(channel.as_fd(), text.as_bytes(), &fds) {
+            tracing::warn!(worker = worker.0, %error, "cannot speak to a worker");
+        }
+    }
+}
+
+fn check_bound(fd: &OwnedFd, address: SocketAddr) -> Result<(), String> {
+    let bound = socket::local_addr(fd.as_fd()).map_err(|error| format!("it is no socket of this kind: {error}"))?;
+    if bound != address {
+        return Err(format!("it is bound to {bound}, not to {address}"));
+    }
+    if !socket::is_reuseport(fd.as_fd()).unwrap_or(false) {
+        return Err("it is not set SO_REUSEPORT".to_owned());
+    }
+    if socket::is_listening(fd.as_fd()).unwrap_or(true) {
+        return Err("it listens already; the master calls listen()".to_owned());
+    }
+    Ok(())
+}

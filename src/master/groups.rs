@@ -1,0 +1,239 @@
+//! The groups in the kernel: carrying out what the core decided about steering.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
+use reuseportd_sys::bpf::steering::{self, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan};
+use reuseportd_sys::{capability, cbpf};
+
+use crate::config::{EngineChoice, Listen};
+
+/// The engine in force, and why it is this one.
+#[derive(Debug, Clone)]
+pub(super) struct Choice {
+    pub(super) engine: Engine,
+    pub(super) reason: String,
+}
+
+/// Why the wanted engine can't be had.
+#[derive(Debug, thiserror::Error)]
+#[error("steering.engine = \"ebpf\" can't be used here: {0}; give the master CAP_BPF, or set \"auto\"")]
+pub(super) struct EngineError(String);
+
+/// Decides once, at start, how connections are steered.
+pub(super) fn choose(wanted: EngineChoice) -> Result<Choice, EngineError> {
+    let choice = |engine, reason: &str| Ok(Choice { engine, reason: reason.to_owned() });
+    match wanted {
+        EngineChoice::None => choice(Engine::None, "configured; upgrades lose connections"),
+        EngineChoice::Cbpf => choice(Engine::Cbpf, "configured"),
+        EngineChoice::Ebpf => match try_ebpf() {
+            Ok(()) => choice(Engine::Ebpf, "configured"),
+            Err(why) => Err(EngineError(why)),
+        },
+        EngineChoice::Auto => match try_ebpf() {
+            Ok(()) => choice(Engine::Ebpf, "auto: the kernel accepts the program"),
+            Err(why) => {
+                let mut reason = format!("auto: no ebpf ({why})");
+                if cbpf::has_rcu_fix() == Some(false) {
+                    reason.push_str("; this kernel may crash when a cbpf program is replaced under traffic: update it");
+                }
+                Ok(Choice { engine: Engine::Cbpf, reason })
+            }
+        },
+    }
+}
+
+/// The one honest test: load the very program on maps of its own.
+fn try_ebpf() -> Result<(), String> {
+    if !capability::has_bpf() {
+        return Err("CAP_BPF is missing".to_owned());
+    }
+    EbpfGroup::new(1).map(drop).map_err(|error| error.to_string())
+}
+
+/// One configured address.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) name: String,
+    pub(super) address: SocketAddr,
+    /// Where its sockets are really bound: `[::]:80` may stand for `0.0.0.0:80`.
+    pub(super) bound: Option<SocketAddr>,
+    ebpf: Option<EbpfGroup>,
+    /// The plan record in force, which is never written.
+    record: u32,
+    /// Migrations into generations that are gone.
+    migrated_before: u64,
+}
+
+/// All groups, by the core's number for them.
+#[derive(Debug)]
+pub(super) struct Groups {
+    pub(super) choice: Choice,
+    by_id: BTreeMap<GroupId, Group>,
+}
+
+impl Groups {
+    /// Makes the maps of each address.
+    pub(super) fn new(choice: Choice, listen: &[Listen]) -> Result<Groups, steering_error::Error> {
+        let mut by_id = BTreeMap::new();
+        for (id, listen) in (0..).map(GroupId).zip(listen) {
+            let ebpf = match choice.engine {
+                Engine::Ebpf => Some(EbpfGroup::new(steering::CAPACITY_DEFAULT)?),
+                Engine::Cbpf | Engine::None => None,
+            };
+            let group = Group {
+                name: listen.name.clone(),
+                address: listen.address,
+                bound: None,
+                ebpf,
+                record: 0,
+                migrated_before: 0,
+            };
+            by_id.insert(id, group);
+        }
+        Ok(Groups { choice, by_id })
+    }
+
+    /// The group of a number the core uses.
+    pub(super) fn of(&self, id: GroupId) -> Option<&Group> {
+        self.by_id.get(&id)
+    }
+
+    /// Every group with its number.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (GroupId, &Group)> {
+        self.by_id.iter().map(|(id, group)| (*id, group))
+    }
+
+    /// The group of a listener's name.
+    pub(super) fn named(&self, name: &str) -> Option<GroupId> {
+        self.by_id.iter().find(|(_, group)| group.name == name).map(|(id, _)| *id)
+    }
+
+    /// Its name, for people.
+    pub(super) fn name(&self, id: GroupId) -> &str {
+        self.by_id.get(&id).map_or("?", |group| group.name.as_str())
+    }
+
+    /// Notes where a worker's listener really is.
+    pub(super) fn note_bound(&mut self, id: GroupId, bound: SocketAddr) {
+        if let Some(group) = self.by_id.get_mut(&id) {
+            group.bound = Some(bound);
+        }
+    }
+
+    /// `ebpf`: a listener becomes choosable under its key. The program is attached with it, since the group it was
+    /// attached to before may have ended with its last socket.
+    pub(super) fn admit(&self, id: GroupId, key: u32, listener: BorrowedFd<'_>) -> Result<(), i32> {
+        let ebpf = self.ebpf(id)?;
+        ebpf.attach(listener).and_then(|()| ebpf.admit(key, listener)).map_err(|error| report(id, &error))
+    }
+
+    /// `ebpf`: a key becomes empty.
+    pub(super) fn evict(&self, id: GroupId, key: u32) {
+        if let Ok(Err(error)) = self.ebpf(id).map(|ebpf| ebpf.remove(key)) {
+            report(id, &error);
+        }
+    }
+
+    /// `ebpf`: writes the plan into a free record and puts that in force by one write.
+    pub(super) fn steer(&mut self, id: GroupId, ranges: &[Range]) -> Result<(), i32> {
+        let Some(group) = self.by_id.get_mut(&id) else { return Err(nix::libc::ENOENT) };
+        let Some(ebpf) = &group.ebpf else { return Err(nix::libc::EINVAL) };
+        let below = thresholds(ranges.iter().map(|range| range.weight));
+        let ranges = ranges.iter().zip(below).map(|(range, weight_below)| steering::Range {
+            weight_below,
+            base: range.base,
+            count: range.count,
+            counter: counter(range.generation),
+        });
+        let plan = Plan { ranges: ranges.collect() };
+        let record = (group.record + 1) % PLAN_RECORDS;
+        ebpf.write_plan(record, &plan).and_then(|()| ebpf.select(record)).map_err(|error| report(id, &error))?;
+        group.record = record;
+        Ok(())
+    }
+
+    /// `cbpf`: replaces the program through any socket of the group.
+    pub(super) fn attach(&self, id: GroupId, shares: &[Share], member: BorrowedFd<'_>) -> Result<(), i32> {
+        let below = thresholds(shares.iter().map(|share| share.weight));
+        let shares: Vec<cbpf::Share> = shares
+            .iter()
+            .zip(below)
+            .map(|(share, weight_below)| cbpf::Share { weight_below, slots: share.slots.clone() })
+            .collect();
+        cbpf::attach_slots(member, &shares).map_err(|error| {
+            tracing::error!(listener = self.name(id), %error, "cannot attach the steering program");
+            errno(&error)
+        })
+    }
+
+    fn ebpf(&self, id: GroupId) -> Result<&EbpfGroup, i32> {
+        self.by_id.get(&id).and_then(|group| group.ebpf.as_ref()).ok_or(nix::libc::EINVAL)
+    }
+
+    /// Connections the program has migrated so far, into generations alive or gone.
+    pub(super) fn migrated(&self, id: GroupId, generations: impl Iterator<Item = Generation>) -> Option<u64> {
+        let group = self.by_id.get(&id)?;
+        let ebpf = group.ebpf.as_ref()?;
+        let alive: Option<u64> =
+            generations.map(|generation| Some(ebpf.counters(counter(generation)).ok()?.migrated)).sum();
+        Some(group.migrated_before + alive?)
+    }
+
+    /// A generation begins or ends: its counters start at zero, and what they had counted is kept.
+    pub(super) fn fold_counters(&mut self, generation: Generation) {
+        for group in self.by_id.values_mut() {
+            let Some(ebpf) = &group.ebpf else { continue };
+            let counted = ebpf.counters(counter(generation)).map_or(0, |counters| counters.migrated);
+            if ebpf.clear_counters(counter(generation)).is_ok() {
+                group.migrated_before += counted;
+            }
+        }
+    }
+}
+
+/// `BpfError` under a name that says what it is about here.
+pub(super) mod steering_error {
+    pub(in crate::master) use reuseportd_sys::bpf::raw::BpfError as Error;
+}
+
+fn counter(generation: Generation) -> u32 {
+    generation.0 % COUNTER_SLOTS
+}
+
+/// Cumulative thresholds of a random u32 for weights that are relative to their sum.
+fn thresholds(weights: impl Iterator<Item = u16> + Clone) -> Vec<u32> {
+    let sum: u64 = weights.clone().map(u64::from).sum::<u64>().max(1);
+    let mut below = 0_u64;
+    weights
+        .map(|weight| {
+            below += u64::from(weight);
+            u32::try_from((below << 32) / sum).unwrap_or(u32::MAX)
+        })
+        .collect()
+}
+
+fn report(id: GroupId, error: &steering_error::Error) -> i32 {
+    tracing::error!(group = id.0, %error, "the kernel refused to steer");
+    error.errno().unwrap_or(nix::libc::EINVAL)
+}
+
+/// The kernel's number for an error; EIO where it has none.
+pub(super) fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(nix::libc::EIO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_become_thresholds() {
+        assert_eq!(thresholds([1000].into_iter()), [u32::MAX]);
+        assert_eq!(thresholds([50, 950].into_iter()), [214_748_364, u32::MAX]);
+        assert_eq!(thresholds([1, 1].into_iter()), [1 << 31, u32::MAX]);
+    }
+}

@@ -1,0 +1,192 @@
+//! What a generation is started from, and the starting of one worker.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, NulError};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::rc::Rc;
+
+use reuseportd_core::{Generation, Seat, WorkerId};
+use reuseportd_sys::child::{self, Limit, SpawnSpec};
+use reuseportd_sys::executable::PinnedExecutable;
+use reuseportd_sys::socket;
+use reuseportd_wire::env;
+
+use super::output::Output;
+use super::process::{LastLines, Process};
+use super::{Shell, clock};
+use crate::config::{self, Config, Output as OutputMode};
+
+/// The number under which a worker finds its channel.
+const CHANNEL_NUMBER: i32 = 3;
+
+/// What the workers of one generation are started from, however often: the config and the program as they were when
+/// the generation was asked for.
+#[derive(Debug)]
+pub(super) struct Launch {
+    pub(super) config: Rc<Config>,
+    pub(super) executable: PinnedExecutable,
+    /// `environment` and `environment_file`, read once.
+    variables: BTreeMap<String, String>,
+    /// Of the executable; worked out when somebody asks.
+    pub(super) sha256: Option<Option<String>>,
+}
+
+/// Why a config that is valid still can't be launched.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LaunchError {
+    #[error("app.environment_file: {0}")]
+    Environment(String),
+    #[error("app.command: {0}")]
+    NotFound(String),
+    #[error("app.command: cannot open {path}: {source}")]
+    Open { path: String, source: io::Error },
+    #[error("app.working_directory: {path} can't be entered: {source}")]
+    Directory { path: String, source: io::Error },
+}
+
+impl Launch {
+    /// Finds and pins the program.
+    pub(super) fn prepare(config: Rc<Config>) -> Result<Launch, LaunchError> {
+        let variables = config.app.variables().map_err(|error| LaunchError::Environment(error.to_string()))?;
+        if let Some(directory) = &config.app.working_directory {
+            let failed = |source| LaunchError::Directory { path: directory.display().to_string(), source };
+            std::fs::read_dir(directory).map_err(failed)?;
+        }
+        let path = config::find_executable(&config.app, &variables)
+            .map_err(|error| LaunchError::NotFound(error.to_string()))?;
+        let executable = PinnedExecutable::open(&path)
+            .map_err(|source| LaunchError::Open { path: path.display().to_string(), source })?;
+        Ok(Launch { config, executable, variables, sha256: None })
+    }
+
+    fn environment(&self, shell: &Shell, generation: Generation, seat: Seat) -> Result<Vec<CString>, NulError> {
+        let mut variables: BTreeMap<std::ffi::OsString, std::ffi::OsString> =
+            std::env::vars_os().filter(|(name, _)| !env::OWNED.iter().any(|owned| name == owned)).collect();
+        // Stderr is no longer what the service manager gave: a worker that believed so would log past the master.
+        variables.remove(std::ffi::OsStr::new("JOURNAL_STREAM"));
+        variables.extend(self.variables.iter().map(|(name, value)| (name.into(), value.into())));
+        let app = &self.config.app;
+        let listen: Vec<env::Listen> = self
+            .config
+            .listen
+            .iter()
+            .map(|listen| env::Listen {
+                name: listen.name.clone(),
+                protocol: env::Protocol::Tcp,
+                address: listen.address,
+            })
+            .collect();
+        let own = [
+            (env::APP, app.name.clone()),
+            (env::GENERATION, generation.0.to_string()),
+            (env::SEAT, seat.0.to_string()),
+            (env::WORKERS, app.workers.to_string()),
+            (env::LISTEN, env::format_listen(&listen)),
+            (env::CHANNEL, CHANNEL_NUMBER.to_string()),
+        ];
+        variables.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
+        variables.insert(env::NOTIFY_SOCKET.into(), shell.runtime.notify_path().into());
+        variables
+            .into_iter()
+            .map(|(mut entry, value)| {
+                entry.push("=");
+                entry.push(value);
+                CString::new(entry.as_bytes())
+            })
+            .collect()
+    }
+}
+
+impl Shell {
+    /// Starts a worker; an errno if that fails. What failed in detail is logged here and kept for the receipt.
+    pub(super) fn spawn(&mut self, worker: WorkerId, generation: Generation, seat: Seat) -> Result<(), i32> {
+        match self.try_spawn(generation, seat) {
+            Ok(process) => {
+                self.processes.insert(worker, process);
+                Ok(())
+            }
+            Err((error, errno)) => {
+                tracing::error!(generation = generation.0, seat = seat.0, error, "cannot start a worker");
+                self.spawn_error = Some(error);
+                Err(errno)
+            }
+        }
+    }
+
+    fn try_spawn(&self, generation: Generation, seat: Seat) -> Result<Process, (String, i32)> {
+        let missing = || ("its generation is unknown".to_owned(), nix::libc::EINVAL);
+        let launch = self.launches.get(&generation).ok_or_else(missing)?;
+        let prepare = |error: io::Error| {
+            let errno = super::groups::errno(&error);
+            (format!("cannot prepare its descriptors: {error}"), errno)
+        };
+        let nul = |error: NulError| (format!("a NUL byte in its arguments: {error}"), nix::libc::EINVAL);
+        let app = &launch.config.app;
+        let argv = launch.config.expand_command(generation.0, seat.0);
+        let argv = argv.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>().map_err(nul)?;
+        let envp = launch.environment(self, generation, seat).map_err(nul)?;
+        let (channel, theirs) = socket::seqpacket_pair().map_err(prepare)?;
+        rustix::io::ioctl_fionbio(&channel, true).map_err(|error| prepare(error.into()))?;
+        let null = File::open("/dev/null").map_err(prepare)?;
+        let pipe = match app.output {
+            OutputMode::Tag => Some(Output::pipe().map_err(prepare)?),
+            OutputMode::Inherit => None,
+        };
+        let writer = pipe.as_ref().map(|(_, writer)| writer.as_fd());
+        let (stdout, stderr) = (rustix::stdio::stdout(), rustix::stdio::stderr());
+        let fds: [(BorrowedFd<'_>, i32); 4] = [
+            (null.as_fd(), 0),
+            (writer.unwrap_or(stdout), 1),
+            (writer.unwrap_or(stderr), 2),
+            (theirs.as_fd(), CHANNEL_NUMBER),
+        ];
+        let directory = app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
+        let directory = directory.transpose().map_err(nul)?;
+        let limits: Vec<Limit> = app
+            .limits
+            .iter()
+            .map(|(resource, value)| Limit { resource: *resource as u32, soft: *value, hard: *value })
+            .collect();
+        let spec = SpawnSpec {
+            executable: &launch.executable,
+            argv: &argv,
+            envp: &envp,
+            fds: &fds,
+            umask: app.umask,
+            directory: directory.as_deref(),
+            limits: &limits,
+            no_new_privileges: app.no_new_privileges,
+        };
+        let spawned = child::spawn(&spec).map_err(|error| {
+            let path = launch.executable.path();
+            (format!("{}: {error}", path.display()), error.errno)
+        })?;
+        let output = pipe.map(|(reader, _)| Output::new(reader, generation.0, seat.0, spawned.pid));
+        Ok(process(generation, seat, spawned, channel, output))
+    }
+}
+
+fn process(
+    generation: Generation,
+    seat: Seat,
+    spawned: child::Spawned,
+    channel: OwnedFd,
+    output: Option<Output>,
+) -> Process {
+    Process {
+        generation,
+        seat,
+        pid: spawned.pid,
+        pidfd: spawned.pidfd,
+        is_ended: false,
+        started: clock::now(),
+        channel: Some(channel),
+        output,
+        status: None,
+        detail: None,
+        last_lines: LastLines::default(),
+    }
+}

@@ -1,0 +1,109 @@
+//! Listeners by the core's number: which socket each is, who holds it, and the master's handle.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use reuseportd_core::{GroupId, ListenerId, WorkerId};
+use reuseportd_sys::{pidfd, procfs, socket};
+
+/// One socket.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) group: GroupId,
+    pub(super) worker: WorkerId,
+    /// The kernel's name for the socket, the same in every process that holds it.
+    pub(super) cookie: u64,
+    pub(super) inode: u64,
+    /// A process that holds it, and under which number; `None` if it came over the channel.
+    pub(super) owner: Option<(i32, i32)>,
+    pub(super) handle: Option<OwnedFd>,
+}
+
+/// All listeners the core knows, or will be told of.
+#[derive(Debug, Default)]
+pub(super) struct Listeners {
+    by_id: BTreeMap<ListenerId, Listener>,
+    last: u32,
+}
+
+impl Listeners {
+    /// Takes in a socket with the master's handle of it.
+    pub(super) fn add(
+        &mut self,
+        group: GroupId,
+        worker: WorkerId,
+        owner: Option<(i32, i32)>,
+        handle: OwnedFd,
+    ) -> io::Result<ListenerId> {
+        let (cookie, inode) = (socket::cookie(handle.as_fd())?, socket::inode(handle.as_fd())?);
+        self.last += 1;
+        let id = ListenerId(self.last);
+        self.by_id.insert(id, Listener { group, worker, cookie, inode, owner, handle: Some(handle) });
+        Ok(id)
+    }
+
+    pub(super) fn of(&self, id: ListenerId) -> Option<&Listener> {
+        self.by_id.get(&id)
+    }
+
+    /// The master's handle.
+    pub(super) fn handle(&self, id: ListenerId) -> Option<BorrowedFd<'_>> {
+        self.by_id.get(&id)?.handle.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Any handle of a group: programs are attached to a group through one of its sockets.
+    pub(super) fn member(&self, group: GroupId) -> Option<BorrowedFd<'_>> {
+        let mut handles = self.by_id.values().filter(|l| l.group == group).filter_map(|l| l.handle.as_ref());
+        handles.find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false)).map(AsFd::as_fd)
+    }
+
+    /// The listener of a socket.
+    pub(super) fn by_cookie(&self, group: GroupId, cookie: u64) -> Option<ListenerId> {
+        self.by_id.iter().find(|(_, l)| l.group == group && l.cookie == cookie).map(|(id, _)| *id)
+    }
+
+    /// Takes a handle of a worker's listener again.
+    pub(super) fn anchor(&mut self, id: ListenerId) -> io::Result<()> {
+        let listener = self.by_id.get_mut(&id).ok_or(io::ErrorKind::NotFound)?;
+        let (pid, number) = listener.owner.ok_or(io::ErrorKind::NotFound)?;
+        let process = pidfd::open(pid)?;
+        let handle = pidfd::getfd(process.as_fd(), number)?;
+        if socket::inode(handle.as_fd())? != listener.inode {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        listener.handle = Some(handle);
+        Ok(())
+    }
+
+    /// Drops the handle. Without it a listener is only remembered as long as its worker lives.
+    pub(super) fn release(&mut self, id: ListenerId, shutdown: bool, worker_lives: bool) {
+        let Some(listener) = self.by_id.get_mut(&id) else { return };
+        if let Some(handle) = listener.handle.take()
+            && shutdown
+            && let Err(error) = socket::shutdown_read(handle.as_fd())
+        {
+            tracing::warn!(listener = id.0, %error, "cannot shut a retired listener down");
+        }
+        if !worker_lives {
+            self.by_id.remove(&id);
+        }
+    }
+
+    /// A worker is gone: what the master holds no handle of is gone with it.
+    pub(super) fn forget_worker(&mut self, worker: WorkerId) {
+        self.by_id.retain(|_, listener| listener.worker != worker || listener.handle.is_some());
+    }
+
+    /// Whether a process of this worker still holds the socket. Unknown counts as yes.
+    pub(super) fn is_owned(&self, id: ListenerId, pid: i32) -> bool {
+        let Some(listener) = self.by_id.get(&id) else { return false };
+        if listener.owner.is_some_and(|(pid, number)| procfs::owns_socket(pid, number, listener.inode)) {
+            return true;
+        }
+        let holds = |pid: i32| {
+            procfs::socket_inodes(pid).is_ok_and(|held| held.iter().any(|(_, inode)| *inode == listener.inode))
+        };
+        procfs::descendants(pid, pid).map_or(true, |pids| pids.into_iter().any(holds))
+    }
+}

@@ -1,0 +1,275 @@
+//! Looking into the kernel: whose listeners are whose, what waits in them, what is open.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+
+use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Problem, WorkerId};
+use reuseportd_sys::diag::{self, Family, Protocol, Query, Socket, states};
+use reuseportd_sys::{pidfd, procfs, socket};
+
+use super::Shell;
+
+/// How often a dump is asked for again after the kernel said that it changed underneath.
+const DUMP_ATTEMPTS: usize = 5;
+
+/// A listener that a process of a worker holds.
+#[derive(Debug, Clone)]
+struct Held {
+    pid: i32,
+    number: i32,
+    socket: Socket,
+}
+
+/// Why one address is not served by a worker.
+enum Missing {
+    NotYet(Problem, String),
+    Never(Problem, String),
+}
+
+impl Shell {
+    /// The listeners of an unmodified worker, children included, with a handle of each.
+    pub(super) fn find(&mut self, worker: WorkerId) -> Found {
+        let Some(pid) = self.processes.get(&worker).map(|process| process.pid) else {
+            return Found::NotYet(Problem::Failed(nix::libc::ESRCH));
+        };
+        match self.find_all(worker, pid) {
+            Ok(found) => {
+                self.set_detail(worker, None);
+                Found::All(found)
+            }
+            Err(missing) => {
+                let (text, found) = match missing {
+                    Missing::NotYet(problem, text) => (text, Found::NotYet(problem)),
+                    Missing::Never(problem, text) => (text, Found::Never(problem)),
+                };
+                self.set_detail(worker, Some(text));
+                found
+            }
+        }
+    }
+
+    fn set_detail(&mut self, worker: WorkerId, detail: Option<String>) {
+        if let Some(process) = self.processes.get_mut(&worker) {
+            process.detail = detail;
+        }
+    }
+
+    fn find_all(&mut self, worker: WorkerId, pid: i32) -> Result<Vec<(GroupId, ListenerId)>, Missing> {
+        let failed = |error: io::Error| {
+            let errno = super::groups::errno(&error);
+            Missing::NotYet(Problem::Failed(errno), format!("looking for its listeners failed: {error}"))
+        };
+        let listening = dump(None, states::LISTEN).map_err(failed)?;
+        let held = held_by(pid, &listening).map_err(failed)?;
+        let mut wanted = Vec::new();
+        for (id, group) in self.groups.iter() {
+            let here: Vec<Held> =
+                held.iter().filter(|held| serves(held.socket.local, group.address)).cloned().collect();
+            if here.is_empty() {
+                return Err(not_here(id, group.address, &held));
+            }
+            for held in here {
+                wanted.push((id, group.address, held));
+            }
+        }
+        let mut handles = Vec::new();
+        for (id, address, held) in wanted {
+            let handle = take_handle(id, address, &held)?;
+            handles.push((id, held, handle));
+        }
+        let mut found = Vec::new();
+        for (id, held, handle) in handles {
+            self.groups.note_bound(id, held.socket.local);
+            let owner = Some((held.pid, held.number));
+            found.push((id, self.listeners.add(id, worker, owner, handle).map_err(failed)?));
+        }
+        Ok(found)
+    }
+
+    /// The kernel's picture of a group.
+    pub(super) fn observe(&self, id: GroupId) -> io::Result<GroupView> {
+        let Some(group) = self.groups.of(id) else { return Ok(GroupView::default()) };
+        let address = group.bound.unwrap_or(group.address);
+        let sockets = dump(Some(address.port()), states::LISTEN | states::SYN_RECV)?;
+        let mut view = GroupView {
+            migrated: self.groups.migrated(id, self.launches.keys().copied()),
+            migrate_failures: procfs::netstat("TCPMigrateReqFailure"),
+            migrates_by_hash: procfs::sysctl("net/ipv4/tcp_migrate_req").is_some_and(|value| value.trim() == "1"),
+            ..GroupView::default()
+        };
+        view.half_open =
+            sockets.iter().filter(|socket| socket.state == states::SYN_RECV).map(|socket| socket.cookie).collect();
+        let listening = sockets.into_iter().filter(|s| s.state == states::LISTEN && s.local == address).collect();
+        for socket in diag::listen_order(listening) {
+            let listener = self.listeners.by_cookie(id, socket.cookie);
+            view.order.push(listener);
+            if let Some(listener) = listener {
+                let depth =
+                    Depth { queued: socket.recv_queue, backlog: socket.send_queue, drops: socket.drops };
+                view.depths.push((listener, depth));
+            }
+        }
+        Ok(view)
+    }
+
+    /// Open connections of each worker, through any of the configured ports.
+    pub(super) fn count(&self, workers: &[WorkerId]) -> io::Result<Vec<(WorkerId, u32)>> {
+        let mut open = BTreeSet::new();
+        for (_, group) in self.groups.iter() {
+            let states = !(states::LISTEN | states::SYN_RECV | states::TIME_WAIT | states::CLOSE);
+            let sockets = dump(Some(group.address.port()), states & ALL_STATES)?;
+            // Inode 0: not accepted yet, or closed by its process already.
+            open.extend(sockets.into_iter().map(|socket| u64::from(socket.inode)).filter(|inode| *inode != 0));
+        }
+        let mut counted = Vec::new();
+        for worker in workers {
+            let Some(process) = self.processes.get(worker) else { continue };
+            let mut inodes = BTreeSet::new();
+            for pid in procfs::descendants(process.pid, process.pid)? {
+                let held = procfs::socket_inodes(pid).unwrap_or_default();
+                inodes.extend(held.into_iter().map(|(_, inode)| inode).filter(|inode| open.contains(inode)));
+            }
+            counted.push((*worker, u32::try_from(inodes.len()).unwrap_or(u32::MAX)));
+        }
+        Ok(counted)
+    }
+
+    /// Sockets in a group that are no worker's of ours.
+    pub(super) fn strangers(&self, id: GroupId) -> io::Result<u32> {
+        let Some(group) = self.groups.of(id) else { return Ok(0) };
+        let address = group.bound.unwrap_or(group.address);
+        let mut strangers: BTreeSet<u64> = dump(Some(address.port()), states::LISTEN)?
+            .into_iter()
+            .filter(|socket| overlaps(socket.local, address))
+            .filter(|socket| self.listeners.by_cookie(id, socket.cookie).is_none())
+            .map(|socket| u64::from(socket.inode))
+            .collect();
+        if !strangers.is_empty() {
+            for process in self.processes.values() {
+                for pid in procfs::descendants(process.pid, process.pid)? {
+                    for (_, inode) in procfs::socket_inodes(pid).unwrap_or_default() {
+                        strangers.remove(&inode);
+                    }
+                }
+            }
+        }
+        Ok(u32::try_from(strangers.len()).unwrap_or(u32::MAX))
+    }
+}
+
+/// All the states there are: twelve, numbered from 1.
+const ALL_STATES: u32 = 0x1ffe;
+
+/// A dump, asked for again as long as the kernel says that it may be incomplete.
+fn dump(port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
+    let query = Query { protocol: Protocol::Tcp, family: Family::Both, port, states };
+    let mut attempts = 1;
+    loop {
+        match diag::dump(&query) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted && attempts < DUMP_ATTEMPTS => attempts += 1,
+            result => return result,
+        }
+    }
+}
+
+/// Listening sockets held by a process or its descendants; each socket once.
+fn held_by(pid: i32, listening: &[Socket]) -> io::Result<Vec<Held>> {
+    let by_inode: BTreeMap<u64, &Socket> =
+        listening.iter().map(|socket| (u64::from(socket.inode), socket)).collect();
+    let mut seen = BTreeSet::new();
+    let mut held = Vec::new();
+    for pid in procfs::descendants(pid, pid)? {
+        // A child may have ended since it was listed.
+        for (number, inode) in procfs::socket_inodes(pid).unwrap_or_default() {
+            if let Some(socket) = by_inode.get(&inode)
+                && seen.insert(inode)
+            {
+                held.push(Held { pid, number, socket: (*socket).clone() });
+            }
+        }
+    }
+    Ok(held)
+}
+
+/// Whether a listener there takes what arrives at a configured address: itself, or a dual-stack `[::]` for `0.0.0.0`.
+fn serves(local: SocketAddr, address: SocketAddr) -> bool {
+    local == address || (local.port() == address.port() && is_any(local) && is_any(address) && local.is_ipv6())
+}
+
+fn is_any(address: SocketAddr) -> bool {
+    address.ip().is_unspecified()
+}
+
+/// Whether two listeners of one port share traffic.
+fn overlaps(a: SocketAddr, b: SocketAddr) -> bool {
+    let covers = |a: IpAddr, b: IpAddr| a == b || (a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()));
+    a.port() == b.port() && (covers(a.ip(), b.ip()) || covers(b.ip(), a.ip()))
+}
+
+fn not_here(id: GroupId, address: SocketAddr, held: &[Held]) -> Missing {
+    if held.is_empty() {
+        let text = format!("it does not listen on {address}");
+        return Missing::NotYet(Problem::NotListening(id), text);
+    }
+    let elsewhere: BTreeSet<String> = held.iter().map(|held| held.socket.local.to_string()).collect();
+    let elsewhere = elsewhere.into_iter().collect::<Vec<_>>().join(", ");
+    let text = format!(
+        "it listens on {elsewhere}, not on {address}: make it bind {address}, or change [[listen]] address"
+    );
+    Missing::NotYet(Problem::WrongAddress(id), text)
+}
+
+/// A duplicate of a worker's listener, which has to be in a SO_REUSEPORT group.
+fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd, Missing> {
+    let denied = |error: io::Error| {
+        let text = format!(
+            "its listener on {address} can't be reached ({error}): give the master CAP_SYS_PTRACE, or let the worker \
+             speak the handover protocol"
+        );
+        Missing::Never(Problem::NotPermitted(id), text)
+    };
+    let handle = pidfd::open(held.pid).and_then(|process| pidfd::getfd(process.as_fd(), held.number));
+    let handle = handle.map_err(|error| match error.raw_os_error() {
+        Some(nix::libc::EPERM) => denied(error),
+        _ => Missing::NotYet(Problem::NotListening(id), format!("its listener on {address} went away: {error}")),
+    })?;
+    let inode = socket::inode(handle.as_fd()).unwrap_or(0);
+    if inode != u64::from(held.socket.inode) {
+        return Err(Missing::NotYet(Problem::NotListening(id), format!("its listener on {address} went away")));
+    }
+    if !socket::is_reuseport(handle.as_fd()).unwrap_or(false) {
+        let text = format!(
+            "its listener on {address} is not set SO_REUSEPORT, so a new generation could never bind beside it: set \
+             SO_REUSEPORT before bind()"
+        );
+        return Err(Missing::Never(Problem::NoReuseport(id), text));
+    }
+    Ok(handle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_dual_stack_listener_serves_the_ipv4_address() {
+        assert!(serves(address("[::]:80"), address("0.0.0.0:80")));
+        assert!(!serves(address("[::]:80"), address("127.0.0.1:80")));
+        assert!(!serves(address("0.0.0.0:80"), address("[::]:80")));
+        assert!(serves(address("127.0.0.1:80"), address("127.0.0.1:80")));
+    }
+
+    #[test]
+    fn overlapping_addresses_share_traffic() {
+        assert!(overlaps(address("127.0.0.1:80"), address("0.0.0.0:80")));
+        assert!(overlaps(address("[::]:80"), address("127.0.0.1:80")));
+        assert!(!overlaps(address("127.0.0.1:80"), address("127.0.0.2:80")));
+        assert!(!overlaps(address("0.0.0.0:80"), address("[::1]:80")));
+    }
+}

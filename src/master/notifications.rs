@@ -1,0 +1,83 @@
+//! The notify socket of the workers: READY=1 and the rest, believed only from a worker's own processes.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use reuseportd_core::{Event, WorkerId};
+use reuseportd_sys::{procfs, socket};
+
+use super::Shell;
+use super::process::printable;
+
+/// Datagrams handled before others have their turn: a flood must not keep the master from its work.
+const TURN: usize = 64;
+/// Longest datagram understood, in bytes.
+const DATAGRAM_BYTES_MAX: usize = 4096;
+/// Longest STATUS= kept, in characters.
+const STATUS_CHARS_MAX: usize = 200;
+/// Generations of processes between a sender and its worker.
+const ANCESTORS_MAX: usize = 32;
+
+impl Shell {
+    /// Reads what has come on the notify socket.
+    pub(super) fn read_notifications(&mut self) {
+        let mut buffer = [0; DATAGRAM_BYTES_MAX];
+        for _ in 0..TURN {
+            let (length, sender) = match socket::recv_with_credentials(self.notify.as_fd(), &mut buffer) {
+                Ok(received) => received,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    self.notify_rejected += 1;
+                    tracing::debug!(%error, "a notification is not understood");
+                    continue;
+                }
+            };
+            let Some(worker) = self.worker_of(sender.pid) else {
+                self.notify_rejected += 1;
+                tracing::warn!(pid = sender.pid, uid = sender.uid, "a notification from no worker's process: ignored");
+                continue;
+            };
+            let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
+            for line in text.lines() {
+                self.notification(worker, line);
+            }
+        }
+    }
+
+    fn notification(&mut self, worker: WorkerId, line: &str) {
+        let Some((name, value)) = line.split_once('=') else { return };
+        match name {
+            "READY" if value == "1" => self.inbox.push_back(Event::Notified { worker }),
+            "EXTEND_TIMEOUT_USEC" => {
+                if let Ok(by) = value.parse() {
+                    self.inbox.push_back(Event::Extended { worker, by: Duration::from_micros(by) });
+                }
+            }
+            "STATUS" => {
+                if let Some(process) = self.processes.get_mut(&worker) {
+                    process.status = Some(printable(value).chars().take(STATUS_CHARS_MAX).collect());
+                }
+            }
+            // STOPPING= and MAINPID= change nothing here; WATCHDOG= has no timeout to feed.
+            _ => {}
+        }
+    }
+
+    /// The worker a process belongs to: by its process group, or by descent.
+    fn worker_of(&self, pid: i32) -> Option<WorkerId> {
+        let mut pid = pid;
+        for _ in 0..ANCESTORS_MAX {
+            let process = procfs::process(pid).ok();
+            let group = process.as_ref().map_or(pid, |process| process.group);
+            let found = self.processes.iter().find(|(_, worker)| worker.pid == pid || worker.pid == group);
+            if let Some((worker, _)) = found {
+                return Some(*worker);
+            }
+            pid = process?.parent;
+            if pid <= 1 {
+                return None;
+            }
+        }
+        None
+    }
+}

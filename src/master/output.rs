@@ -1,0 +1,92 @@
+//! What workers print: read from their pipes, tagged, and passed on line by line.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+
+use super::log::{ATOMIC_BYTES, Patient};
+use super::process::{LastLines, printable};
+
+/// What the kernel keeps of a worker's output while the master is busy, or gone.
+const PIPE_BYTES: usize = 1 << 20;
+/// How much of one worker's output is handled before others have their turn.
+const TURN_BYTES: usize = 1 << 16;
+
+/// The reading end of a worker's stdout and stderr.
+#[derive(Debug)]
+pub(super) struct Output {
+    pipe: OwnedFd,
+    tag: String,
+    /// The beginning of a line whose end has not come yet.
+    rest: Vec<u8>,
+}
+
+impl Output {
+    /// A pipe: the master's end, and the end for the worker.
+    pub(super) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        // Less is enough where the user's pipe budget is used up.
+        let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
+        rustix::io::ioctl_fionbio(&reader, true)?;
+        Ok((reader, writer))
+    }
+
+    pub(super) fn new(pipe: OwnedFd, generation: u32, seat: u16, pid: i32) -> Output {
+        Output { pipe, tag: format!("[g{generation} s{seat} {pid}] "), rest: Vec::new() }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// Passes on what has come; `false` once nothing will come any more.
+    pub(super) fn pass_on(&mut self, last: &mut LastLines) -> bool {
+        let mut buffer = [0; 8192];
+        let mut handled = 0;
+        while handled < TURN_BYTES {
+            match rustix::io::read(&self.pipe, &mut buffer) {
+                Ok(0) => {
+                    self.flush(last);
+                    return false;
+                }
+                Ok(count) => {
+                    handled += count;
+                    self.take(buffer.get(..count).unwrap_or_default(), last);
+                }
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return true,
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    fn take(&mut self, bytes: &[u8], last: &mut LastLines) {
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            self.rest.extend_from_slice(piece);
+            // A line too long to be written at once is passed on in pieces.
+            if piece.ends_with(b"\n") || self.rest.len() + self.tag.len() >= ATOMIC_BYTES - 1 {
+                self.flush(last);
+            }
+        }
+    }
+
+    fn flush(&mut self, last: &mut LastLines) {
+        if self.rest.is_empty() {
+            return;
+        }
+        let line = self.rest.strip_suffix(b"\n").unwrap_or(&self.rest);
+        last.push(line);
+        let stdout = io::stdout();
+        let mut tagged = self.tag.clone().into_bytes();
+        if stdout.is_terminal() {
+            tagged.extend_from_slice(printable(&String::from_utf8_lossy(line)).as_bytes());
+        } else {
+            tagged.extend_from_slice(line);
+        }
+        tagged.push(b'\n');
+        // Nobody reading the output is no reason to end.
+        let _ = Patient(rustix::stdio::stdout()).write_all(&tagged);
+        self.rest.clear();
+    }
+}

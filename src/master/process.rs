@@ -1,0 +1,74 @@
+//! One worker's process: its pidfd, its channel, what it says.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
+use reuseportd_core::{Generation, Seat, Time};
+
+use super::output::Output;
+
+/// Lines kept for the reason of a failure.
+const LINES_KEPT: usize = 10;
+/// Longest line kept, in bytes.
+const LINE_BYTES_KEPT: usize = 300;
+
+/// A worker's process, from its spawn until it is reaped.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) generation: Generation,
+    pub(super) seat: Seat,
+    pub(super) pid: i32,
+    pub(super) pidfd: OwnedFd,
+    /// The end has been seen; the pidfd stays readable until the process is reaped.
+    pub(super) is_ended: bool,
+    pub(super) started: Time,
+    /// The handover channel, until the worker closes its end.
+    pub(super) channel: Option<OwnedFd>,
+    pub(super) output: Option<Output>,
+    /// Text of STATUS=.
+    pub(super) status: Option<String>,
+    /// What was wrong with its listeners, in words.
+    pub(super) detail: Option<String>,
+    pub(super) last_lines: LastLines,
+}
+
+/// The last lines a worker printed.
+#[derive(Debug, Default, Clone)]
+pub(super) struct LastLines(VecDeque<String>);
+
+impl LastLines {
+    /// Keeps a line, cut to a sensible length and freed of control characters.
+    pub(super) fn push(&mut self, line: &[u8]) {
+        let cut = line.get(..LINE_BYTES_KEPT).unwrap_or(line);
+        if self.0.len() == LINES_KEPT {
+            self.0.pop_front();
+        }
+        self.0.push_back(printable(&String::from_utf8_lossy(cut)));
+    }
+
+    /// All of them, one after the other.
+    pub(super) fn join(&self) -> Option<String> {
+        (!self.0.is_empty()).then(|| self.0.iter().map(String::as_str).collect::<Vec<_>>().join(" | "))
+    }
+}
+
+/// Text of a foreign process for a log or a terminal: control characters become visible, so that they act on nothing.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_are_few_short_and_harmless() {
+        let mut lines = LastLines::default();
+        for n in 0..20 {
+            lines.push(format!("line {n} \x1b[31m{}", "x".repeat(1000)).as_bytes());
+        }
+        let text = lines.join().unwrap();
+        assert!(!text.contains("line 9 ") && text.starts_with("line 10 \\u{1b}[31mxx"), "{text}");
+        assert!(text.len() < LINES_KEPT * (LINE_BYTES_KEPT + 20));
+    }
+}

@@ -1,0 +1,146 @@
+//! The files of a running master: its directory, the lock that keeps a second one away, and their removal.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::config::Control;
+
+/// Why the runtime files can't be used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RuntimeError {
+    #[error("cannot create the runtime directory {}: {source}; choose another control.socket", path.display())]
+    Create { path: PathBuf, source: io::Error },
+    #[error(
+        "the runtime directory {} is not used: {what}; remove it, or choose another control.socket",
+        path.display()
+    )]
+    Unsafe { path: PathBuf, what: &'static str },
+    #[error("cannot lock {}: {source}", path.display())]
+    Lock { path: PathBuf, source: io::Error },
+    #[error(
+        "another master runs this app: it holds {}; speak to it with `reuseportd status --socket {}`",
+        lock.display(), socket.display()
+    )]
+    Running { lock: PathBuf, socket: PathBuf },
+    #[error("cannot put a socket at {}: {source}", path.display())]
+    Socket { path: PathBuf, source: io::Error },
+}
+
+/// The runtime files, held as long as the master lives, removed when it ends.
+#[derive(Debug)]
+pub(super) struct Runtime {
+    directory: Option<PathBuf>,
+    socket: PathBuf,
+    _lock: File,
+}
+
+impl Runtime {
+    /// Makes the directory and takes the lock.
+    pub(super) fn open(control: &Control) -> Result<Runtime, RuntimeError> {
+        let socket = control.socket.clone();
+        let directory = socket.parent().unwrap_or(Path::new("/")).to_owned();
+        let is_new = make_directory(&directory)?;
+        let path = beside(&socket, ".lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(&path)
+            .map_err(|source| RuntimeError::Lock { path: path.clone(), source })?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(RuntimeError::Running { lock: path, socket }),
+            Err(source) => return Err(RuntimeError::Lock { path, source: source.into() }),
+        }
+        Ok(Runtime { directory: is_new.then_some(directory), socket, _lock: lock })
+    }
+
+    /// The control socket, listening.
+    pub(super) fn control_socket(&self, control: &Control) -> Result<UnixListener, RuntimeError> {
+        // With other users allowed, credentials decide; otherwise the file mode is a second lock on the door.
+        let mode = if control.allow_users.is_empty() { control.mode } else { 0o666 };
+        let listener = bind(&self.socket, mode, |path| UnixListener::bind(path))?;
+        listener.set_nonblocking(true).map_err(|source| RuntimeError::Socket { path: self.socket.clone(), source })?;
+        Ok(listener)
+    }
+
+    /// Where workers send their notifications.
+    pub(super) fn notify_path(&self) -> PathBuf {
+        beside(&self.socket, ".notify")
+    }
+
+    /// The notify socket. Everyone may write to it: credentials decide.
+    pub(super) fn notify_socket(&self) -> Result<UnixDatagram, RuntimeError> {
+        let path = self.notify_path();
+        let socket = bind(&path, 0o666, |path| UnixDatagram::bind(path))?;
+        let prepare = socket.set_nonblocking(true).and_then(|()| reuseportd_sys::socket::pass_credentials((&socket).into()));
+        prepare.map_err(|source| RuntimeError::Socket { path, source })?;
+        Ok(socket)
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        for path in [self.socket.clone(), self.notify_path(), beside(&self.socket, ".lock")] {
+            let _ = fs::remove_file(path);
+        }
+        if let Some(directory) = &self.directory {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+}
+
+fn beside(socket: &Path, suffix: &str) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
+/// Makes the directory if it isn't there; says whether it made it. Others may pass through it to the notify socket.
+fn make_directory(path: &Path) -> Result<bool, RuntimeError> {
+    let existed = fs::symlink_metadata(path).is_ok();
+    if !existed {
+        let failed = |source| RuntimeError::Create { path: path.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).map_err(failed)?;
+    }
+    let metadata =
+        fs::symlink_metadata(path).map_err(|source| RuntimeError::Create { path: path.to_owned(), source })?;
+    let unsafe_for = |what| Err(RuntimeError::Unsafe { path: path.to_owned(), what });
+    let is_sticky = metadata.mode() & 0o1000 != 0;
+    if metadata.file_type().is_symlink() {
+        return unsafe_for("it is a symbolic link");
+    }
+    if !metadata.is_dir() {
+        return unsafe_for("it is no directory");
+    }
+    if ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
+        return unsafe_for("it belongs to another user");
+    }
+    if metadata.mode() & 0o022 != 0 && !is_sticky {
+        return unsafe_for("others may write to it");
+    }
+    Ok(!existed)
+}
+
+/// Binds a unix socket at a path where only a stale socket of ours may be in the way: the lock is held.
+fn bind<T>(path: &Path, mode: u32, bind: impl Fn(&Path) -> io::Result<T>) -> Result<T, RuntimeError> {
+    let failed = |source| RuntimeError::Socket { path: path.to_owned(), source };
+    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
+        fs::remove_file(path).map_err(failed)?;
+    }
+    // Private from the first moment; opened up below.
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let bound = bind(path);
+    rustix::process::umask(before);
+    let socket = bound.map_err(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
+    Ok(socket)
+}

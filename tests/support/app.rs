@@ -1,0 +1,117 @@
+//! The config of a test's service.
+
+use std::fmt::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::world::{World, example};
+
+/// What can be said in a config as the tests use it; lines for a table are taken as they are.
+#[derive(Debug, Clone)]
+pub(crate) struct App {
+    pub(crate) command: Vec<String>,
+    pub(crate) workers: u32,
+    pub(crate) engine: &'static str,
+    pub(crate) readiness: &'static str,
+    pub(crate) listen: Vec<(String, SocketAddr)>,
+    pub(crate) app: Vec<String>,
+    pub(crate) upgrade: Vec<String>,
+    pub(crate) restart: Vec<String>,
+    pub(crate) control: Vec<String>,
+    name: String,
+    socket: PathBuf,
+    /// Where it is written.
+    pub(crate) path: PathBuf,
+}
+
+impl App {
+    /// Four workers running this command on the world's address, ready by notification.
+    pub(crate) fn new<S: Into<String>>(world: &World, command: impl IntoIterator<Item = S>) -> App {
+        App {
+            command: command.into_iter().map(Into::into).collect(),
+            workers: 4,
+            engine: "auto",
+            readiness: "notify",
+            listen: vec![("default".into(), world.address)],
+            app: Vec::new(),
+            upgrade: Vec::new(),
+            restart: Vec::new(),
+            control: Vec::new(),
+            name: world.app.clone(),
+            socket: world.path("run/control.sock"),
+            path: world.path("app.toml"),
+        }
+    }
+
+    /// The difficult worker with these options.
+    pub(crate) fn test_worker(world: &World, options: &str) -> App {
+        App::new(world, test_worker(options))
+    }
+
+    pub(crate) fn workers(mut self, workers: u32) -> App {
+        self.workers = workers;
+        self
+    }
+
+    pub(crate) fn engine(mut self, engine: &'static str) -> App {
+        self.engine = engine;
+        self
+    }
+
+    pub(crate) fn readiness(mut self, method: &'static str) -> App {
+        self.readiness = method;
+        self
+    }
+
+    /// A line of `[app]`.
+    pub(crate) fn app(mut self, line: impl Into<String>) -> App {
+        self.app.push(line.into());
+        self
+    }
+
+    /// A line of `[upgrade]`.
+    pub(crate) fn upgrade(mut self, line: impl Into<String>) -> App {
+        self.upgrade.push(line.into());
+        self
+    }
+
+    /// A line of `[restart]`.
+    pub(crate) fn restart(mut self, line: impl Into<String>) -> App {
+        self.restart.push(line.into());
+        self
+    }
+
+    /// Writes the file.
+    pub(crate) fn write(&self) {
+        std::fs::write(&self.path, self.text()).unwrap();
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let mut table = |header: &str, lines: Vec<String>| {
+            writeln!(text, "{header}\n{}", lines.join("\n")).unwrap();
+        };
+        let own = [
+            format!("name = {:?}", self.name),
+            format!("command = {:?}", self.command),
+            format!("workers = {}", self.workers),
+        ];
+        table("[app]", own.into_iter().chain(self.app.iter().cloned()).collect());
+        for (name, address) in &self.listen {
+            table("[[listen]]", vec![format!("name = {name:?}"), format!("address = \"{address}\"")]);
+        }
+        table("[steering]", vec![format!("engine = {:?}", self.engine)]);
+        table("[readiness]", vec![format!("method = {:?}", self.readiness)]);
+        table("[upgrade]", self.upgrade.clone());
+        table("[restart]", self.restart.clone());
+        let socket = format!("socket = {:?}", self.socket);
+        table("[control]", [socket].into_iter().chain(self.control.iter().cloned()).collect());
+        text
+    }
+}
+
+/// The difficult worker's command line.
+pub(crate) fn test_worker(options: &str) -> Vec<String> {
+    let program = example("test_worker").to_str().unwrap().to_owned();
+    std::iter::once(program).chain(options.split_whitespace().map(str::to_owned)).collect()
+}
