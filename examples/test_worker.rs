@@ -36,6 +36,9 @@ struct Options {
     /// Milliseconds of work after each accept(), in the accept loop.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     accept_delay: u64,
+    /// Answer in the accept loop, so that a worker never holds more than one accepted connection.
+    #[arg(long)]
+    inline: bool,
     /// TCP_DEFER_ACCEPT: a connection is half open until its client says something.
     #[arg(long)]
     defer_accept: bool,
@@ -131,10 +134,7 @@ fn speak_the_protocol(options: &Options) -> Result<(), Box<dyn Error>> {
         process::exit(options.code);
     }
     thread::scope(|connections| {
-        serving.accept_each(|_, stream| {
-            work(options.accept_delay);
-            connections.spawn(|| answer(stream));
-        })
+        serving.accept_each(|_, stream| serve(options, stream, connections))
     })?;
     Ok(())
 }
@@ -183,7 +183,15 @@ fn accept_until<'scope>(
             return Ok(());
         }
         let (stream, _) = listener.accept()?;
-        work(options.accept_delay);
+        serve(options, stream, connections);
+    }
+}
+
+fn serve<'scope>(options: &Options, stream: TcpStream, connections: &'scope Scope<'scope, '_>) {
+    work(options.accept_delay);
+    if options.inline {
+        answer(stream);
+    } else {
         connections.spawn(|| answer(stream));
     }
 }

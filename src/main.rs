@@ -1,8 +1,11 @@
 //! Zero-downtime hot-upgrade process manager for SO_REUSEPORT services on Linux.
+#![forbid(unsafe_code)]
 
 mod check;
 mod cli;
+mod client;
 mod config;
+mod master;
 
 use std::process::ExitCode;
 
@@ -10,14 +13,10 @@ use cli::Action;
 
 fn main() -> ExitCode {
     match cli::parse() {
+        Action::Run { config, log_format, log_level } => master::run(&config, log_format, log_level),
         Action::Check { config } => check::run(&config),
-        Action::Run { config, .. } => match config::load(&config) {
-            Ok(_) => ExitCode::FAILURE,
-            Err(errors) => {
-                eprintln!("{errors}");
-                ExitCode::from(2)
-            }
-        },
-        _ => ExitCode::FAILURE,
+        Action::Status { master, json } => client::status(&master, json),
+        Action::Upgrade { master, wait, json, timeout } => client::upgrade(&master, wait, json, timeout),
+        Action::Stop { master, wait } => client::stop(&master, wait),
     }
 }

@@ -8,13 +8,19 @@ use reuseportd_wire::status::{GenerationState, MasterState, Outcome, Trigger};
 use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;
-use crate::support::world::{Need, World, world};
 use crate::support::rounds;
+use crate::support::world::{Need, World, world};
 
 /// Upgrades under a load by `kind` workers, and the same load on the naive control, which must lose.
-fn upgrades_lose_nothing(engine: &'static str, mode: &str, load: impl Fn(&World) -> Spec + Sync, accept_delay: u32) {
+fn upgrades_lose_nothing(
+    engine: &'static str,
+    mode: &str,
+    load: impl Fn(&World) -> Spec + Sync,
+    accept_delay: u32,
+) {
     world(&[Need::Root, Need::Bpf], |world| {
-        let app = App::test_worker(world, &format!("--mode {mode} --accept-delay {accept_delay}")).engine(engine);
+        let app =
+            App::test_worker(world, &format!("--mode {mode} --accept-delay {accept_delay}")).engine(engine);
         let master = Master::start(world, &app);
         let load_running = Load::start(load(world));
         let upgrades = rounds(5, 20);
@@ -34,7 +40,8 @@ fn upgrades_lose_nothing(engine: &'static str, mode: &str, load: impl Fn(&World)
 pub(crate) fn control_loses(world: &World, spec: Spec, accept_delay: u32) {
     let options = format!("--mode naive --accept-delay {accept_delay}");
     let app = App::test_worker(world, &options).engine("none").upgrade("stop_when = \"drained\"");
-    let master = Master::start(world, &app.upgrade("drain_timeout = \"1s\"").upgrade("settle_timeout = \"100ms\""));
+    let master =
+        Master::start(world, &app.upgrade("drain_timeout = \"1s\"").upgrade("settle_timeout = \"100ms\""));
     let load = Load::start(spec);
     for _ in 0..2 {
         master.hup();

@@ -48,7 +48,8 @@ impl Connection {
         let limit = patience.whole.map_or(patience.answer, |whole| whole.min(patience.answer));
         // The kernel takes zero for "no limit".
         let limit = limit.max(Duration::from_millis(1));
-        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(|error| failed("create", error))?;
+        let socket =
+            Socket::new(Domain::UNIX, Type::STREAM, None).map_err(|error| failed("create", error))?;
         // A unix socket with a full accept queue makes connect() wait for so long.
         socket.set_write_timeout(Some(limit)).map_err(|error| failed("set up", error))?;
         let address = SockAddr::unix(path).map_err(|error| failed("use the path", error))?;

@@ -141,7 +141,7 @@ fn row(worker: &WorkerStatus, names: &BTreeSet<&str>, now: Timestamp) -> Vec<Cel
     let restarts = if worker.restarts > 0 { Tone::Notable } else { Tone::Plain };
     let mut cells = vec![
         Cell::number(Some(worker.seat)),
-        Cell::number(worker.pid.map_or_else(|| Some("-".to_owned()), |pid| Some(pid.to_string()))),
+        Cell::number(Some(worker.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()))),
         Cell::text(worker.state.as_str()).tone(tone),
         Cell::text(up.as_deref().unwrap_or("-")),
         Cell::number(Some(worker.restarts)).tone(restarts),
@@ -158,13 +158,13 @@ fn queue(worker: &WorkerStatus, name: &str) -> Cell {
         .iter()
         .filter(|listener| listener.name == name)
         .max_by_key(|listener| listener.accept_queue);
-    let Some(listener) = fullest else { return Cell::text("-") };
+    let Some(listener) = fullest else { return Cell::number(Some("-")) };
     let half_full = match (listener.accept_queue, listener.backlog) {
         (Some(depth), Some(limit)) => depth > limit / 2,
         _ => false,
     };
     let text = format!("{}/{}", known(listener.accept_queue), known(listener.backlog));
-    Cell::text(&text).tone(if half_full { Tone::Bad } else { Tone::Plain })
+    Cell::number(Some(text)).tone(if half_full { Tone::Bad } else { Tone::Plain })
 }
 
 fn listeners(listeners: &[ListenerStatus], paint: Paint) -> String {

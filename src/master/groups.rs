@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
-use reuseportd_sys::bpf::steering::{self, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan};
+use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan};
 use reuseportd_sys::{capability, cbpf};
 
 use crate::config::{EngineChoice, Listen};
@@ -77,11 +77,11 @@ pub(super) struct Groups {
 
 impl Groups {
     /// Makes the maps of each address.
-    pub(super) fn new(choice: Choice, listen: &[Listen]) -> Result<Groups, steering_error::Error> {
+    pub(super) fn new(choice: Choice, listen: &[Listen]) -> Result<Groups, BpfError> {
         let mut by_id = BTreeMap::new();
         for (id, listen) in (0..).map(GroupId).zip(listen) {
             let ebpf = match choice.engine {
-                Engine::Ebpf => Some(EbpfGroup::new(steering::CAPACITY_DEFAULT)?),
+                Engine::Ebpf => Some(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?),
                 Engine::Cbpf | Engine::None => None,
             };
             let group = Group {
@@ -143,7 +143,7 @@ impl Groups {
         let Some(group) = self.by_id.get_mut(&id) else { return Err(nix::libc::ENOENT) };
         let Some(ebpf) = &group.ebpf else { return Err(nix::libc::EINVAL) };
         let below = thresholds(ranges.iter().map(|range| range.weight));
-        let ranges = ranges.iter().zip(below).map(|(range, weight_below)| steering::Range {
+        let ranges = ranges.iter().zip(below).map(|(range, weight_below)| bpf::Range {
             weight_below,
             base: range.base,
             count: range.count,
@@ -195,11 +195,6 @@ impl Groups {
     }
 }
 
-/// `BpfError` under a name that says what it is about here.
-pub(super) mod steering_error {
-    pub(in crate::master) use reuseportd_sys::bpf::raw::BpfError as Error;
-}
-
 fn counter(generation: Generation) -> u32 {
     generation.0 % COUNTER_SLOTS
 }
@@ -216,7 +211,7 @@ fn thresholds(weights: impl Iterator<Item = u16> + Clone) -> Vec<u32> {
         .collect()
 }
 
-fn report(id: GroupId, error: &steering_error::Error) -> i32 {
+fn report(id: GroupId, error: &BpfError) -> i32 {
     tracing::error!(group = id.0, %error, "the kernel refused to steer");
     error.errno().unwrap_or(nix::libc::EINVAL)
 }

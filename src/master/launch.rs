@@ -1,5 +1,6 @@
 //! What a generation is started from, and the starting of one worker.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ffi::{CString, NulError};
 use std::fs::File;
@@ -31,7 +32,7 @@ pub(super) struct Launch {
     /// `environment` and `environment_file`, read once.
     variables: BTreeMap<String, String>,
     /// Of the executable; worked out when somebody asks.
-    pub(super) sha256: Option<Option<String>>,
+    pub(super) sha256: OnceCell<Option<String>>,
 }
 
 /// Why a config that is valid still can't be launched.
@@ -59,7 +60,7 @@ impl Launch {
             .map_err(|error| LaunchError::NotFound(error.to_string()))?;
         let executable = PinnedExecutable::open(&path)
             .map_err(|source| LaunchError::Open { path: path.display().to_string(), source })?;
-        Ok(Launch { config, executable, variables, sha256: None })
+        Ok(Launch { config, executable, variables, sha256: OnceCell::new() })
     }
 
     fn environment(&self, shell: &Shell, generation: Generation, seat: Seat) -> Result<Vec<CString>, NulError> {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
@@ -80,7 +81,7 @@ impl Runtime {
     pub(super) fn notify_socket(&self) -> Result<UnixDatagram, RuntimeError> {
         let path = self.notify_path();
         let socket = bind(&path, 0o666, |path| UnixDatagram::bind(path))?;
-        let prepare = socket.set_nonblocking(true).and_then(|()| reuseportd_sys::socket::pass_credentials((&socket).into()));
+        let prepare = socket.set_nonblocking(true).and_then(|()| reuseportd_sys::socket::pass_credentials(socket.as_fd()));
         prepare.map_err(|source| RuntimeError::Socket { path, source })?;
         Ok(socket)
     }

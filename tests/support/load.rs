@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use reuseportd_bench::{Report, Running, Spec};
+use reuseportd_bench::{Live, Report, Running, Spec};
 
 use super::PATIENCE;
 use super::world::World;
@@ -39,6 +39,11 @@ impl Load {
 
     fn running(&self) -> &Running {
         self.running.as_ref().expect("ended by `end` only")
+    }
+
+    /// The counters now.
+    pub(crate) fn live(&self) -> Live {
+        self.running().live()
     }
 
     /// Waits for so many more answers.

@@ -143,7 +143,10 @@ impl<'a> Master<'a> {
         let status = self.status();
         let active = status.generations.iter().filter(|one| Some(one.generation) == status.active_generation);
         let workers = active.flat_map(|generation| &generation.workers);
-        workers.filter(|worker| worker.state == WorkerState::Serving).filter_map(|worker| worker.pid).collect()
+        workers
+            .filter(|worker| worker.state == WorkerState::Serving)
+            .filter_map(|worker| worker.pid)
+            .collect()
     }
 
     /// SIGTERM: exit code 0, and nothing is left.
@@ -181,7 +184,9 @@ impl Drop for Master<'_> {
         let _ = self.child.kill();
         let _ = self.child.wait();
         // A worker may be starting a child while it is looked for.
-        for left in std::iter::repeat_with(|| processes_of(&self.world.app)).take_while(|left| !left.is_empty()) {
+        for left in
+            std::iter::repeat_with(|| processes_of(&self.world.app)).take_while(|left| !left.is_empty())
+        {
             kill(left.iter().map(|process| process.pid));
         }
     }

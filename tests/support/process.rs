@@ -74,14 +74,16 @@ pub(crate) struct Process {
 /// Every living process that was started for this app, the children of its workers included, whoever their parent is.
 pub(crate) fn processes_of(app: &str) -> Vec<Process> {
     let mine = format!("REUSEPORTD_APP={app}");
-    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let pids =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.filter_map(|pid: u32| {
         // Gone meanwhile, a zombie, or somebody else's: none of them is ours.
         let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
         let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
         let variables: Vec<_> = variables.collect();
         variables.iter().any(|variable| *variable == mine).then_some(())?;
-        let generation = variables.iter().find_map(|variable| variable.strip_prefix("REUSEPORTD_GENERATION="))?;
+        let generation =
+            variables.iter().find_map(|variable| variable.strip_prefix("REUSEPORTD_GENERATION="))?;
         Some(Process { pid, generation: generation.parse().ok()? })
     })
     .collect()

@@ -196,6 +196,8 @@ pub enum Report {
     Entered(Generation, Phase),
     /// A worker can serve.
     WorkerReady(WorkerId),
+    /// The upgrade to this generation can't go on, for this reason.
+    Failing(Generation, Reason),
     /// New connections go to this generation only.
     Switched(Generation),
     /// An upgrade ended, or (again) what happened after its end is known.

@@ -3,7 +3,7 @@
 
 use crate::command::{Range, Share};
 use crate::event::Depth;
-use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
+use crate::id::{Generation, GroupId, ListenerId, Seat, Time, WorkerId};
 use crate::slots::{Keys, Slots};
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -25,12 +25,37 @@ pub(crate) struct Listener {
     pub(crate) by_shutdown: bool,
     /// `ebpf`: its place in the array.
     pub(crate) key: Option<u32>,
+    /// `cbpf`: what of begun handshakes it has to wait for.
+    pub(crate) settling: Settling,
     /// As of the last look; `None` before the first.
     pub(crate) depth: Option<Depth>,
     /// How often a worker was asked to take what waits in it.
     pub(crate) asked: u8,
     /// In the last look it was not there any more.
     pub(crate) gone: bool,
+}
+
+/// Whether handshakes of a listener may still be half open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Settling {
+    /// It is, or was, chosen.
+    Chosen,
+    /// Steered away from; from this look on the half-open handshakes are the ones that began before.
+    Begun {
+        /// Not before.
+        look: Time,
+        /// No longer than.
+        until: Time,
+    },
+    /// These are still half open, and may be its.
+    Watched {
+        /// By the kernel's cookie.
+        begun: Vec<u64>,
+        /// No longer than.
+        until: Time,
+    },
+    /// None, or it was never chosen.
+    Settled,
 }
 
 /// What is in force in the kernel.
@@ -77,6 +102,8 @@ pub(crate) struct Group {
     pub(crate) is_stale: bool,
     pub(crate) work: Work,
     pub(crate) in_force: InForce,
+    /// `ebpf`: a listener could not be admitted; what it was admitted for has failed once the kernel has answered.
+    pub(crate) admit_failed: Option<i32>,
     pub(crate) slots: Slots,
     pub(crate) keys: Keys,
     /// `ebpf`, unmodified workers: the one listener the master holds, so that the group never gets empty.
@@ -97,6 +124,7 @@ impl Group {
             is_stale: false,
             work: Work::Idle,
             in_force: InForce::Nothing,
+            admit_failed: None,
             slots: Slots::default(),
             keys: Keys::default(),
             anchor: None,

@@ -4,7 +4,7 @@
 use crate::command::{Command, Notice, Order, Reason, Report};
 use crate::event::{Found, Problem, Trigger, Wait};
 use crate::generation::{GenerationRecord, GenerationState, Upgrade, UpgradeStep, Wish};
-use crate::group::Listener;
+use crate::group::{Listener, Settling};
 use crate::id::{Generation, GroupId, ListenerId, Seat, Ticket, WorkerId};
 use crate::master::{Master, Stopping};
 use crate::plan::{Plan, Readiness};
@@ -227,6 +227,7 @@ impl Master {
                 leaving: false,
                 by_shutdown: false,
                 key: None,
+                settling: Settling::Settled,
                 depth: None,
                 asked: 0,
                 gone: false,
@@ -425,6 +426,7 @@ impl Master {
             UpgradeStep::Retiring | UpgradeStep::RollingBack => return,
         };
         upgrade.receipt.reason = Some(reason);
+        self.report(Report::Failing(to, reason));
         self.enter_step(UpgradeStep::RollingBack);
         if was_steering {
             // Some groups may already have been steered: take them back, and let the new generation serve what it got.

@@ -24,6 +24,7 @@ mod plan;
 mod receipt;
 mod restart;
 mod retire;
+mod settle;
 mod slots;
 mod status;
 mod steer;

@@ -159,9 +159,16 @@ impl Master {
                 Timer::Breaker => self.close_breaker(),
                 Timer::Retire(generation) => self.look_at_retirement(generation),
                 Timer::Group(group) => self.retry_group(group),
+                Timer::Settle(group) => self.look_at_handshakes(group),
                 Timer::Anchors => self.look_at_anchors(),
             }
         }
+    }
+
+    /// Whether an upgrade is under way, so that a further one has to wait.
+    #[must_use]
+    pub fn has_upgrade(&self) -> bool {
+        self.upgrade.is_some()
     }
 
     /// Where the master is, as `status` says it.

@@ -15,7 +15,7 @@ use core::time::Duration;
 
 /// From the switch to the snapshot of half-open handshakes: by then each SYN that was given to an old listener has
 /// its entry.
-const SNAPSHOT_AFTER: Duration = Duration::from_millis(50);
+pub(crate) const SNAPSHOT_AFTER: Duration = Duration::from_millis(50);
 /// How long a worker that was told to stop may hold its listener; then the socket is shut down through a handle.
 const RELEASE_GRACE: Duration = Duration::from_secs(1);
 
@@ -132,7 +132,7 @@ impl Master {
     }
 
     /// Whether retired listeners still get new connections: the service stops, and the engine can't refuse.
-    fn keeps_receiving(&self) -> bool {
+    pub(crate) fn keeps_receiving(&self) -> bool {
         self.engine == Engine::None || (self.stopping.is_some() && self.engine == Engine::Cbpf)
     }
 
@@ -196,6 +196,9 @@ impl Master {
     fn is_empty(&self, id: WorkerId) -> bool {
         let is_handover =
             self.workers.get(&id).is_some_and(|worker| worker.kind == Some(WorkerKind::Handover));
+        if !self.listeners_of(id).iter().all(|listener| self.is_settled(*listener)) {
+            return false;
+        }
         let waits = |id: &ListenerId| {
             self.listeners.get(id).is_some_and(|l| !l.gone && l.depth.is_none_or(|depth| depth.queued > 0))
         };
@@ -292,7 +295,9 @@ impl Master {
                 if let Some(receipt) = self.receipt_of(generation) {
                     receipt.connections_cut = receipt.connections_cut.map(|cut| cut + open);
                 }
-            } else if let (0, WorkerState::Idling { until }) = (open, &mut worker.state) {
+            } else if let (0, WorkerState::Idling { until }) = (open, &mut worker.state)
+                && *until > self.now
+            {
                 *until = self.now;
                 idle.insert(generation);
             }

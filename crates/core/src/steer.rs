@@ -19,10 +19,13 @@ const RETRY: Duration = Duration::from_secs(1);
 const ENOSPC: i32 = 28;
 
 impl Master {
-    /// Points every group at these generations; [`pump`](Master::pump) does the rest.
+    /// Points every group at those of these generations that listen there; [`pump`](Master::pump) does the rest.
     pub(crate) fn aim(&mut self, target: &[(Generation, u16)]) {
-        for group in self.groups.values_mut() {
-            group.target = target.to_vec();
+        for (id, group) in &mut self.groups {
+            let listens = |generation: &Generation| {
+                self.generations.get(generation).is_some_and(|record| record.plan.groups.contains(id))
+            };
+            group.target = target.iter().filter(|(generation, _)| listens(generation)).copied().collect();
             group.is_stale = true;
         }
     }
@@ -47,10 +50,12 @@ impl Master {
                     Engine::Cbpf => self.survey(id, After::Steer),
                     Engine::None => self.let_go(id),
                 }
-            } else if let Some(listener) = self.next_leaving(id) {
-                self.begin_release(id, listener);
-            } else {
-                return;
+                continue;
+            }
+            self.begin_settling(id);
+            match self.next_leaving(id) {
+                Some(listener) => self.begin_release(id, listener),
+                None => return,
             }
         }
     }
@@ -109,6 +114,10 @@ impl Master {
             });
         }
         let wanted = InForce::Ranges(ranges.clone());
+        let is_empty = !self.listeners.values().any(|listener| listener.group == id);
+        if is_empty && target.is_empty() {
+            return;
+        }
         if self.groups.get(&id).is_some_and(|group| group.in_force != wanted) {
             self.put_in_force(id, wanted, After::Steer);
             self.push(Command::Steer { group: id, ranges });
@@ -225,8 +234,13 @@ impl Master {
         let Err(errno) = result else { return };
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         listener.key = None;
-        let group = listener.group;
-        self.refused(group, errno);
+        let id = listener.group;
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        match group.work {
+            Work::Steering(_) => group.admit_failed = Some(errno),
+            Work::Idle => self.refused(id, errno),
+            Work::Surveying(_) | Work::Taking(_) | Work::Refused => {}
+        }
     }
 
     pub(crate) fn on_anchored(&mut self, id: ListenerId, result: Result<(), i32>) {
@@ -294,6 +308,12 @@ impl Master {
         if shares.is_empty() || !differs {
             return false;
         }
+        let is_named = |listener: &ListenerId| {
+            let slot = self.groups.get(&id).and_then(|group| group.slots.of(*listener));
+            slot.is_some_and(|slot| shares.iter().any(|share| share.slots.contains(&slot)))
+        };
+        let named: Vec<ListenerId> = self.choosable(id).into_iter().filter(is_named).collect();
+        self.note_chosen(&named);
         self.put_in_force(id, wanted, after);
         self.push(Command::Attach { group: id, shares });
         true
@@ -319,8 +339,13 @@ impl Master {
         let mover = self.groups.get(&id).and_then(|group| group.slots.mover(leaving));
         if mover.is_some_and(|mover| self.choosable(id).contains(&mover)) {
             let shares = self.shares(id, mover);
+            let is_exposed = shares.is_empty();
             if self.attach(id, shares, After::Release(leaving)) {
                 return;
+            }
+            // Until the kernel is told the mover's new slot, it chooses among all.
+            if is_exposed {
+                self.note_exposed(id);
             }
         }
         self.release_now(id, leaving);
@@ -384,7 +409,7 @@ impl Master {
     fn next_leaving(&self, id: GroupId) -> Option<ListenerId> {
         let group = self.groups.get(&id)?;
         let someone_serves = group.target.is_empty() || !self.choosable(id).is_empty();
-        let leaving = self.listeners.iter().filter(|(_, l)| l.group == id && l.leaving);
+        let leaving = self.listeners.iter().filter(|(listener, l)| l.group == id && l.leaving && self.is_settled(**listener));
         let can_leave = leaving
             .filter(|(_, l)| someone_serves || !l.listens || !group.wants(l.generation) && l.key.is_none());
         can_leave.map(|(id, _)| *id).max_by_key(|listener| group.slots.of(*listener))
@@ -411,8 +436,9 @@ impl Master {
     }
 
     pub(crate) fn on_steered(&mut self, id: GroupId, result: Result<(), i32>) {
-        let Some(work) = self.groups.get(&id).map(|group| group.work) else { return };
-        match (work, result) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let admitted = group.admit_failed.take().map_or(Ok(()), Err);
+        match (group.work, result.and(admitted)) {
             (Work::Steering(After::Steer), Ok(())) => self.work(id, Work::Idle),
             (Work::Steering(After::Release(leaving)), Ok(())) => self.release_now(id, leaving),
             (Work::Steering(_), Err(errno)) => self.refused(id, errno),
@@ -471,6 +497,7 @@ impl Master {
             Some(Work::Surveying(After::Release(leaving))) => self.release_slot(id, leaving),
             Some(Work::Idle | Work::Steering(_) | Work::Taking(_) | Work::Refused) | None => {}
         }
+        self.handshakes_observed(id);
         self.retirements_observed(id);
     }
 

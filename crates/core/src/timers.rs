@@ -23,6 +23,8 @@ pub(crate) enum Timer {
     Retire(Generation),
     /// Steer this group again, or ask again for leftovers to be taken.
     Group(GroupId),
+    /// `cbpf`: look again which handshakes of the group are half open.
+    Settle(GroupId),
     /// Look whether the anchored workers still own their listeners.
     Anchors,
 }

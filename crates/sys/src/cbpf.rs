@@ -3,7 +3,7 @@
 //! The program is replaced at each switch. Slots are positions in the group in `listen()` order; keeping
 //! the model of them right is the caller's work.
 
-use std::io;
+use std::io::{self, BufRead};
 use std::os::fd::BorrowedFd;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -114,11 +114,17 @@ pub fn detach(listener: BorrowedFd<'_>) -> io::Result<()> {
 /// under traffic is a use-after-free. `None` when /proc/kallsyms can't tell.
 #[must_use]
 pub fn has_rcu_fix() -> Option<bool> {
-    let symbols = std::fs::read_to_string("/proc/kallsyms").ok()?;
-    let name_of = |line: &str| line.split_ascii_whitespace().nth(2).map(str::to_owned);
-    // A symbol every kernel with reuseport has: if it isn't listed the table is hidden from us.
-    let has = |wanted: &str| symbols.lines().any(|line| name_of(line).is_some_and(|name| name == wanted));
-    has("reuseport_attach_prog").then(|| has("sk_reuseport_prog_free_rcu"))
+    let mut symbols = io::BufReader::new(std::fs::File::open("/proc/kallsyms").ok()?);
+    let (mut is_table, mut is_fixed, mut line) = (false, false, String::new());
+    // Line by line: the whole table is some ten megabytes.
+    while symbols.read_line(&mut line).ok()? > 0 {
+        let name = line.split_ascii_whitespace().nth(2);
+        // A symbol every kernel with reuseport has: if it isn't listed the table is hidden from us.
+        is_table |= name == Some("reuseport_attach_prog");
+        is_fixed |= name == Some("sk_reuseport_prog_free_rcu");
+        line.clear();
+    }
+    is_table.then_some(is_fixed)
 }
 
 #[cfg(test)]

@@ -121,7 +121,9 @@ struct Prepared<'a> {
     fds: Vec<(RawFd, RawFd)>,
     /// First number above all wanted ones.
     above: RawFd,
-    by_path: bool,
+    /// The pinned file to execute, unless it goes by path.
+    held: Option<RawFd>,
+    /// Where failures are reported.
     result: RawFd,
 }
 
@@ -140,7 +142,8 @@ pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
         envp: pointers(spec.envp),
         fds: spec.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect(),
         above: spec.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(0).max(3),
-        by_path: spec.executable.is_script() || spec.executable.is_same_at_path(),
+        held: (!spec.executable.is_script() && !spec.executable.is_same_at_path())
+            .then(|| spec.executable.fd().as_raw_fd()),
         result: writer.as_raw_fd(),
     };
     let pid = fork(&mut prepared).map_err(failed(Step::Fork))?;
@@ -240,16 +243,13 @@ unsafe fn set_limit(limit: &Limit) -> libc::c_int {
 unsafe fn place_descriptors(prepared: &mut Prepared<'_>) -> libc::c_int {
     // SAFETY: descriptor numbers only; the child's table is its own.
     unsafe {
-        let result = libc::fcntl(prepared.result, libc::F_DUPFD_CLOEXEC, prepared.above);
-        if result < 0 {
-            return -1;
-        }
-        prepared.result = result;
-        for (source, _) in &mut prepared.fds {
-            *source = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, prepared.above);
-            if *source < 0 {
+        let sources = prepared.fds.iter_mut().map(|(source, _)| source).chain(&mut prepared.held);
+        for fd in std::iter::once(&mut prepared.result).chain(sources) {
+            let moved = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, prepared.above);
+            if moved < 0 {
                 return -1;
             }
+            *fd = moved;
         }
         // Everything of the master is close-on-exec already; this covers what it inherited itself. Kernels before
         // 5.11 don't know the call, which is no reason not to start.
@@ -266,7 +266,6 @@ unsafe fn place_descriptors(prepared: &mut Prepared<'_>) -> libc::c_int {
 /// # Safety
 /// Only in a just forked child.
 unsafe fn exec(prepared: &Prepared<'_>) -> libc::c_int {
-    let executable = prepared.spec.executable;
     let (argv, envp) = (prepared.argv.as_ptr(), prepared.envp.as_ptr());
     // SAFETY: null-terminated arrays of C strings that outlive the fork; signal sets are local. Dispositions go back
     // to the default before signals are let in, so no handler of the master runs here.
@@ -274,20 +273,21 @@ unsafe fn exec(prepared: &Prepared<'_>) -> libc::c_int {
         if let Some(mask) = prepared.spec.umask {
             libc::umask(mask);
         }
-        for signal in 1..=libc::SIGRTMAX() {
-            // Two numbers belong to the C library and two can't be changed: those refuse, rightly.
-            libc::signal(signal, libc::SIG_DFL);
+        // Straight to the kernel: the C library would refuse its own two signals, which can be inherited ignored.
+        // All zero is the default action, whatever the layout; SIGKILL and SIGSTOP refuse, rightly.
+        let default = [0_u64; 8];
+        for signal in 1..=64 {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null::<u64>(), 8);
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-        if prepared.by_path {
-            libc::execve(executable.c_path().as_ptr(), argv, envp)
-        } else {
-            let empty = c"".as_ptr();
-            let held = executable.fd().as_raw_fd();
-            libc::syscall(libc::SYS_execveat, held, empty, argv, envp, libc::AT_EMPTY_PATH);
-            -1
+        match prepared.held {
+            None => libc::execve(prepared.spec.executable.c_path().as_ptr(), argv, envp),
+            Some(file) => {
+                libc::syscall(libc::SYS_execveat, file, c"".as_ptr(), argv, envp, libc::AT_EMPTY_PATH);
+                -1
+            }
         }
     }
 }

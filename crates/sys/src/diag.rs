@@ -267,3 +267,6 @@ fn half(bytes: &[u8], at: usize) -> io::Result<u16> {
 fn malformed(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("sock_diag sent {what}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,12 +62,17 @@ impl PinnedExecutable {
         Ok(PinnedExecutable { path: name, file, identity: FileIdentity::of(&stat), is_script })
     }
 
-    /// Takes over a descriptor that was carried through exec.
+    /// Takes over a descriptor that was carried through exec, with what was known of it. The identity is the one
+    /// from when the file was opened: replacing the file at the path changes the held one's ctime.
     ///
     /// # Errors
-    /// When the descriptor can't be examined or the path has a NUL byte.
-    pub fn from_fd(path: &Path, file: OwnedFd, is_script: bool) -> io::Result<PinnedExecutable> {
-        let identity = FileIdentity::of(&rustix::fs::fstat(&file)?);
+    /// When the path has a NUL byte.
+    pub fn from_fd(
+        path: &Path,
+        file: OwnedFd,
+        identity: FileIdentity,
+        is_script: bool,
+    ) -> io::Result<PinnedExecutable> {
         Ok(PinnedExecutable { path: CString::new(path.as_os_str().as_bytes())?, file, identity, is_script })
     }
 

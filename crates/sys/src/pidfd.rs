@@ -24,7 +24,7 @@ pub enum Exit {
 
 fn pid_of(pid: i32) -> io::Result<Pid> {
     // 0 and negative numbers would mean "whole groups" to the kernel.
-    Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    if pid > 0 { Pid::from_raw(pid) } else { None }.ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 /// Opens a process; the descriptor is close-on-exec and becomes readable when the process ends.

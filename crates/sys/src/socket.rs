@@ -176,7 +176,7 @@ pub fn recv_with_fds(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Re
     match truncated.iter().find(|(flag, _)| flags & flag != 0) {
         Some((_, what)) => Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            format!("a datagram with more {what} than there is room for"),
+            format!("a datagram with more {what} than there is room for; it was dropped"),
         )),
         None => Ok(received),
     }

@@ -83,8 +83,8 @@ pub struct EbpfGroup {
 }
 
 impl EbpfGroup {
-    /// Creates the maps and loads the program; nothing is attached and no plan has ranges yet, so write and
-    /// select a plan before [`attach`](EbpfGroup::attach).
+    /// Creates the maps and loads the program. Nothing is attached and the last plan record, which is empty, is in
+    /// force: write and select a plan before [`attach`](EbpfGroup::attach), or new connections are refused.
     ///
     /// # Errors
     /// Without CAP_BPF, or when the kernel's verifier refuses the program (its log is in the error).
@@ -103,7 +103,9 @@ impl EbpfGroup {
             probes: probes.as_raw_fd(),
         })?;
         let program = raw::load_program("rupd_steer", &insns)?;
-        Ok(EbpfGroup { sockets, plans, control, counters, probes, program })
+        let group = EbpfGroup { sockets, plans, control, counters, probes, program };
+        group.select(PLAN_RECORDS - 1)?;
+        Ok(group)
     }
 
     /// Takes over a group whose descriptors were carried through exec or fetched back, in the order of
@@ -172,7 +174,7 @@ impl EbpfGroup {
     /// [`BpfError::Invalid`] when the record is in force, or the plan has more ranges, keys or counters than
     /// there is room for.
     pub fn write_plan(&self, index: u32, plan: &Plan) -> Result<(), BpfError> {
-        if self.selected()? == index && !self.is_blank(index)? {
+        if self.selected()? == index {
             return Err(BpfError::Invalid(format!(
                 "plan record {index} is in force and must not be written; write another and select it"
             )));
@@ -248,12 +250,6 @@ impl EbpfGroup {
         raw::lookup(self.counters.as_fd(), slot, &mut value).map_err(entry("counters", "read", slot))?;
         let (words, _) = value.as_chunks::<8>();
         Ok([u64::from_ne_bytes(words[0]), u64::from_ne_bytes(words[1])])
-    }
-
-    fn is_blank(&self, index: u32) -> Result<bool, BpfError> {
-        let mut record = [0; PLAN_BYTES];
-        raw::lookup(self.plans.as_fd(), index, &mut record).map_err(entry("plans", "read", index))?;
-        Ok(record == [0; PLAN_BYTES])
     }
 
     fn read_control(&self, key: u32) -> Result<u32, BpfError> {

@@ -4,6 +4,7 @@
 //! Facts that need privilege say `SKIPPED` on standard error without it; with
 //! `REUSEPORTD_TEST_REQUIRE=all` in the environment that is a failure.
 #![allow(unsafe_code, reason = "tests make namespaces and change users, for which there is no safe call")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests themselves")]
 
 mod handover;
 mod overlap;

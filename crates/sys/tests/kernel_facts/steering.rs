@@ -23,7 +23,7 @@ fn the_verifier_accepts_the_program_quickly() {
 
 #[test]
 fn only_the_keys_of_the_plan_are_chosen() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         for address in [V4, V6] {
             let (address, listeners) = group(address, 5);
             let steer = steered(&listeners, 0..1);
@@ -42,7 +42,7 @@ fn only_the_keys_of_the_plan_are_chosen() {
 
 #[test]
 fn a_thousand_keys_and_holes_everywhere() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         limits::raise_nofile().unwrap();
         let (address, mut listeners) = group(V4, 1024);
         let steer = steered(&listeners, 0..1024);
@@ -63,7 +63,7 @@ fn a_thousand_keys_and_holes_everywhere() {
 
 #[test]
 fn a_dead_range_falls_through_to_the_next_and_then_to_the_hash() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, mut listeners) = group(V4, 3);
         let steer = steered(&listeners, 0..1);
         let all = Range { weight_below: u32::MAX, ..range(0, 1, 1) };
@@ -79,7 +79,7 @@ fn a_dead_range_falls_through_to_the_next_and_then_to_the_hash() {
 
 #[test]
 fn weights_divide_new_connections() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, listeners) = group(V4, 3);
         let steer = steered(&listeners, 0..1);
         let canary = Range { weight_below: u32::MAX / 10, ..range(0, 1, 1) };
@@ -92,7 +92,7 @@ fn weights_divide_new_connections() {
 
 #[test]
 fn a_stranger_in_the_group_is_never_chosen_and_nothing_strays_at_a_switch() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, listeners) = group(V4, 2);
         let steer = steered(&listeners, 0..1);
         let stranger = [listening(address)];
@@ -107,7 +107,7 @@ fn a_stranger_in_the_group_is_never_chosen_and_nothing_strays_at_a_switch() {
 
 #[test]
 fn a_full_accept_queue_moves_when_its_listener_closes() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         for address in [V4, V6] {
             let (address, mut listeners) = group(address, 3);
             let steer = steered(&listeners, 0..1);
@@ -156,12 +156,12 @@ fn half_open(end: impl FnOnce(TcpListener)) -> (usize, usize) {
 
 #[test]
 fn half_open_handshakes_move_when_their_listener_closes() {
-    with(&[Need::Bpf, Need::Network], || assert_eq!(half_open(drop), (50, 0)));
+    with(&[Need::Bpf], || assert_eq!(half_open(drop), (50, 0)));
 }
 
 #[test]
 fn while_a_duplicate_is_held_closing_moves_nothing_and_shutdown_moves_all() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, mut listeners) = group(V4, 2);
         let steer = steered(&listeners, 0..1);
         let clients = connect_many(address, 50);
@@ -186,7 +186,7 @@ fn while_a_duplicate_is_held_closing_moves_nothing_and_shutdown_moves_all() {
 
 #[test]
 fn an_anchor_keeps_clients_waiting_instead_of_refused() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, mut listeners) = group(V4, 1);
         let steer = steered(&listeners, 0..2);
         let anchor = listeners[0].try_clone().unwrap();
@@ -202,7 +202,7 @@ fn an_anchor_keeps_clients_waiting_instead_of_refused() {
 
 #[test]
 fn a_plan_without_ranges_refuses_at_once_but_lets_begun_ones_finish() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, mut listeners) = group(V4, 2);
         listeners.iter().for_each(defer_accept);
         let steer = steered(&listeners, 0..1);
@@ -230,7 +230,7 @@ fn a_plan_without_ranges_refuses_at_once_but_lets_begun_ones_finish() {
 
 #[test]
 fn a_probe_reaches_one_worker_before_any_client_does() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         for (bind, target, source) in [
             ("127.0.0.1:0", "127.0.0.1", "127.0.0.1:0"),
             ("[::1]:0", "[::1]", "[::1]:0"),
@@ -258,7 +258,7 @@ fn a_probe_reaches_one_worker_before_any_client_does() {
 
 #[test]
 fn steering_outlives_its_descriptors_and_can_be_taken_over() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, listeners) = group(V4, 2);
         let steer = steered(&listeners, 0..1);
         let copies = steer.fds().map(|fd| fd.try_clone_to_owned().unwrap());
@@ -279,7 +279,7 @@ fn steering_outlives_its_descriptors_and_can_be_taken_over() {
 
 #[test]
 fn what_the_maps_cannot_hold_is_refused_with_a_reason() {
-    with(&[Need::Bpf, Need::Network], || {
+    with(&[Need::Bpf], || {
         let (address, listeners) = group(V4, 1);
         let steer = steered(&listeners, 0..1);
         let plan = |ranges| Plan { ranges };

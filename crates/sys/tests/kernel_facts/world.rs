@@ -176,6 +176,7 @@ pub(crate) fn range(base: u32, count: u32, counter: u32) -> Range {
 pub(crate) fn steered(listeners: &[TcpListener], keys: std::ops::Range<u32>) -> EbpfGroup {
     let group = EbpfGroup::new(8192).unwrap_or_else(|error| panic!("{error}"));
     group.write_plan(0, &Plan { ranges: vec![range(keys.start, keys.end - keys.start, 0)] }).unwrap();
+    group.select(0).unwrap();
     for (key, listener) in (0..).zip(listeners) {
         group.admit(key, listener.as_fd()).unwrap();
     }

@@ -1,0 +1,222 @@
+//! The control socket's server: who may speak, what they ask, what they are told.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use reuseportd_core::{Event, StopMode, Ticket, Trigger, Wait};
+use reuseportd_sys::socket;
+use reuseportd_wire::control::{self, REQUEST_BYTES_MAX, Reply, Request};
+use reuseportd_wire::status::Phase;
+
+use super::Shell;
+
+/// Clients at a time; more are turned away at once.
+const CLIENTS_MAX: usize = 256;
+/// A client that does not read its answers is dropped when so much waits for it.
+const UNSENT_BYTES_MAX: usize = control::REPLY_BYTES_MAX;
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Client {
+    stream: UnixStream,
+    /// Not allowed: whatever it says, it is told so.
+    is_refused: bool,
+    request: Vec<u8>,
+    unsent: Vec<u8>,
+    /// It has its last answer: closed once that is sent.
+    is_done: bool,
+    /// It waits for an outcome, and sees the progress.
+    is_waiting: bool,
+}
+
+/// All of them. A client's number is the ticket under which the core knows its wish.
+#[derive(Debug)]
+pub(super) struct Clients {
+    listener: UnixListener,
+    allowed: Vec<u32>,
+    by_number: BTreeMap<u32, Client>,
+    last: u32,
+}
+
+impl Clients {
+    pub(super) fn new(listener: UnixListener, allow_users: &[u32]) -> Clients {
+        let mut allowed = vec![0, rustix::process::geteuid().as_raw()];
+        allowed.extend(allow_users);
+        Clients { listener, allowed, by_number: BTreeMap::new(), last: 0 }
+    }
+
+    pub(super) fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Clients to watch: number, descriptor, whether something is to be sent.
+    pub(super) fn fds(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>, bool)> {
+        self.by_number.iter().map(|(number, client)| (*number, client.stream.as_fd(), !client.unsent.is_empty()))
+    }
+
+    /// Takes in those who knock.
+    pub(super) fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.by_number.len() >= CLIENTS_MAX {
+                tracing::warn!("too many control clients: one is turned away");
+                continue;
+            }
+            let peer = socket::peer_credentials(stream.as_fd());
+            let is_refused = !peer.as_ref().is_ok_and(|peer| self.allowed.contains(&peer.uid));
+            if is_refused {
+                tracing::warn!(uid = peer.map(|peer| peer.uid).ok(), "a control client is not allowed");
+            }
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            self.last += 1;
+            let client = Client {
+                stream,
+                is_refused,
+                request: Vec::new(),
+                unsent: Vec::new(),
+                is_done: false,
+                is_waiting: false,
+            };
+            self.by_number.insert(self.last, client);
+        }
+    }
+
+    /// Reads from a client; its request once it is whole, or why there will be none.
+    fn read(&mut self, number: u32) -> Option<Result<Request, String>> {
+        let client = self.by_number.get_mut(&number)?;
+        let mut buffer = [0; 4096];
+        loop {
+            match client.stream.read(&mut buffer) {
+                Ok(0) => {
+                    self.by_number.remove(&number);
+                    return None;
+                }
+                // One request a connection; what comes after it is not read as another.
+                Ok(_) if client.is_waiting || client.is_done => {}
+                Ok(count) => client.request.extend_from_slice(buffer.get(..count)?),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    self.by_number.remove(&number);
+                    return None;
+                }
+            }
+            if client.request.contains(&b'\n') || client.request.len() > REQUEST_BYTES_MAX {
+                break;
+            }
+        }
+        let end = client.request.iter().position(|byte| *byte == b'\n');
+        if end.is_none() && client.request.len() <= REQUEST_BYTES_MAX {
+            return None;
+        }
+        if client.is_refused {
+            let text = "not allowed: only root, the master's own user and control.allow_users may speak to it";
+            return Some(Err(text.to_owned()));
+        }
+        let line: Vec<u8> = client.request.drain(..end.unwrap_or(client.request.len())).collect();
+        Some(control::decode_request(&line).map_err(|error| error.to_string()))
+    }
+
+    /// Sends an answer, as far as the client takes it now.
+    pub(super) fn reply(&mut self, number: u32, reply: &Reply, is_last: bool) {
+        let Some(client) = self.by_number.get_mut(&number) else { return };
+        match control::encode(reply) {
+            Ok(line) => client.unsent.extend_from_slice(line.as_bytes()),
+            Err(error) => tracing::error!(%error, "cannot encode an answer"),
+        }
+        client.is_done |= is_last;
+        self.send(number);
+    }
+
+    /// Sends what waits for a client.
+    pub(super) fn send(&mut self, number: u32) {
+        let Some(client) = self.by_number.get_mut(&number) else { return };
+        let is_broken = loop {
+            if client.unsent.is_empty() {
+                break client.is_done;
+            }
+            match client.stream.write(&client.unsent) {
+                Ok(count) => drop(client.unsent.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    break client.unsent.len() > UNSENT_BYTES_MAX;
+                }
+                Err(_) => break true,
+            }
+        };
+        if is_broken {
+            self.by_number.remove(&number);
+        }
+    }
+
+    /// Tells everybody who waits how far it is.
+    pub(super) fn progress(&mut self, state: Phase, text: &str, ready: Option<(u32, u32)>) {
+        let reply = Reply::Progress {
+            state,
+            text: text.to_owned(),
+            ready: ready.map(|(ready, _)| ready),
+            of: ready.map(|(_, of)| of),
+        };
+        let waiting: Vec<u32> =
+            self.by_number.iter().filter(|(_, client)| client.is_waiting).map(|(number, _)| *number).collect();
+        for number in waiting {
+            self.reply(number, &reply, false);
+        }
+    }
+}
+
+impl Shell {
+    /// A client said something, or left.
+    pub(super) fn read_client(&mut self, number: u32) {
+        let Some(request) = self.clients.read(number) else { return };
+        match request {
+            Err(message) => self.clients.reply(number, &Reply::Error { message, code: 1 }, true),
+            Ok(Request::Status {}) => {
+                let status = Box::new(self.status());
+                self.clients.reply(number, &Reply::Status { status }, true);
+            }
+            Ok(Request::Upgrade { wait }) => self.request_upgrade(number, wait),
+            Ok(Request::Stop { wait }) => {
+                self.accepted(number, wait);
+                let by = wait.then_some(Ticket(number));
+                self.inbox.push_back(Event::Stop { mode: StopMode::Graceful, by });
+            }
+        }
+    }
+
+    fn accepted(&mut self, number: u32, wait: bool) {
+        if let Some(client) = self.clients.by_number.get_mut(&number) {
+            client.is_waiting = wait;
+        }
+        self.clients.reply(number, &Reply::Accepted, !wait);
+    }
+
+    fn request_upgrade(&mut self, number: u32, wait: control::Wait) {
+        let by = match wait {
+            control::Wait::None => None,
+            control::Wait::Retired => Some((Ticket(number), Wait::Retired)),
+            control::Wait::Drained => Some((Ticket(number), Wait::Drained)),
+        };
+        match self.trigger(Trigger::Command, by) {
+            Ok(()) => self.accepted(number, by.is_some()),
+            Err(refusal) => {
+                let reply = Reply::Error { message: refusal.text, code: refusal.code };
+                self.clients.reply(number, &reply, true);
+            }
+        }
+    }
+
+    /// The end of a client's wait.
+    pub(super) fn answer(&mut self, to: Ticket, receipt: Option<u32>) {
+        let Some(serial) = receipt else { return self.clients.reply(to.0, &Reply::Done, true) };
+        let receipt = self.receipts.iter().rev().find(|(number, _)| *number == Some(serial)).map(|(_, receipt)| receipt);
+        let reply = match receipt {
+            Some(receipt) => Reply::Receipt { receipt: Box::new(receipt.clone()) },
+            None => Reply::Error { message: "the receipt is no longer kept".to_owned(), code: 1 },
+        };
+        self.clients.reply(to.0, &reply, true);
+    }
+}

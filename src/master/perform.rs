@@ -1,0 +1,266 @@
+//! Carrying out what the core decided, one arm per command. Nothing is decided here: a failure goes back as an event.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+
+use reuseportd_core::{Command, Event, Generation, ListenerId, Report, Signal, WorkerId};
+use reuseportd_sys::{pidfd, procfs, socket};
+
+use super::groups::errno;
+use super::Shell;
+
+/// Receipts kept for clients that ask later.
+const RECEIPTS_MAX: usize = 50;
+
+impl Shell {
+    /// Does it, and queues the answer.
+    pub(super) fn perform(&mut self, command: Command) {
+        match command {
+            Command::Spawn { worker, generation, seat } => {
+                let event = match self.spawn(worker, generation, seat) {
+                    Ok(()) => Event::Spawned { worker },
+                    Err(errno) => Event::SpawnFailed { worker, errno },
+                };
+                self.inbox.push_back(event);
+            }
+            Command::Signal { worker, signal } => self.signal(worker, signal),
+            Command::Reap { worker } => self.reap(worker),
+            Command::CheckRemains { worker } => {
+                let left = self.has_remains(worker);
+                self.inbox.push_back(Event::Remains { worker, left });
+            }
+            Command::Tell { worker, order } => self.tell(worker, order),
+            Command::Find { worker } => {
+                let found = self.find(worker);
+                self.inbox.push_back(Event::Found { worker, found });
+            }
+            Command::Listen { listener } => {
+                let result = self.listen(listener);
+                self.inbox.push_back(Event::Listening { listener, result });
+            }
+            Command::Admit { listener, key } => {
+                let result = self.admit(listener, key);
+                self.inbox.push_back(Event::Admitted { listener, result });
+            }
+            Command::Evict { group, key } => self.groups.evict(group, key),
+            Command::Steer { group, ranges } => {
+                let result = self.groups.steer(group, &ranges);
+                self.inbox.push_back(Event::Steered { group, result });
+            }
+            Command::Attach { group, shares } => {
+                let member = self.listeners.member(group).ok_or(nix::libc::ENOENT);
+                let result = member.and_then(|member| self.groups.attach(group, &shares, member));
+                self.inbox.push_back(Event::Steered { group, result });
+            }
+            Command::Anchor { listener } => {
+                let result = self.listeners.anchor(listener).map_err(|error| errno(&error));
+                self.inbox.push_back(Event::Anchored { listener, result });
+            }
+            Command::Owns { listener } => {
+                let owned = self.is_owned(listener);
+                self.inbox.push_back(Event::Owned { listener, owned });
+            }
+            Command::Release { listener, shutdown } => {
+                let worker = self.listeners.of(listener).map(|listener| listener.worker);
+                let lives = worker.is_some_and(|worker| self.processes.contains_key(&worker));
+                self.listeners.release(listener, shutdown, lives);
+            }
+            Command::Observe { group } => self.look_at(group),
+            Command::Count { workers } => self.count_connections(&workers),
+            Command::Notify(notice) => self.upstream.notice(notice),
+            Command::Reply { to, receipt } => self.answer(to, receipt),
+            Command::Report(report) => self.tell_people(report),
+            Command::Exit { code } => self.exit = Some(code),
+        }
+    }
+
+    fn signal(&mut self, worker: WorkerId, signal: Signal) {
+        let Some(process) = self.processes.get(&worker) else { return };
+        let stop = self.launches.get(&process.generation).map(|launch| launch.config.app.stop_signal as i32);
+        let sent = match signal {
+            Signal::Stop => pidfd::send_signal(process.pidfd.as_fd(), stop.unwrap_or(nix::libc::SIGTERM)),
+            Signal::TerminateGroup => pidfd::signal_group(process.pid, nix::libc::SIGTERM),
+            Signal::KillGroup => pidfd::signal_group(process.pid, nix::libc::SIGKILL),
+        };
+        // A process that has just ended can't be signalled: its end is on its way.
+        if let Err(error) = sent.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) }) {
+            tracing::error!(pid = process.pid, ?signal, %error, "cannot signal a worker");
+        }
+    }
+
+    fn reap(&mut self, worker: WorkerId) {
+        if let Some(process) = self.processes.remove(&worker)
+            && let Err(error) = pidfd::reap(process.pidfd.as_fd())
+        {
+            tracing::error!(pid = process.pid, %error, "cannot reap a worker");
+        }
+        self.listeners.forget_worker(worker);
+        self.taking.retain(|(taker, _), _| *taker != worker);
+    }
+
+    fn has_remains(&self, worker: WorkerId) -> bool {
+        let pid = self.processes.get(&worker).map(|process| process.pid);
+        pid.is_some_and(|pid| procfs::group_members(pid).is_ok_and(|members| !members.is_empty()))
+    }
+
+    /// The end of a worker's first process. What it printed last is read before the core hears of it.
+    pub(super) fn worker_ended(&mut self, worker: WorkerId) {
+        let Some(process) = self.processes.get_mut(&worker) else { return };
+        match pidfd::peek_exit(process.pidfd.as_fd()) {
+            Ok(None) => return,
+            Ok(Some(how)) => {
+                process.is_ended = true;
+                let how = match how {
+                    pidfd::Exit::Code(code) => reuseportd_core::Exit::Code(code),
+                    pidfd::Exit::Signal { number, .. } => reuseportd_core::Exit::Signal(number),
+                };
+                self.read_channel(worker);
+                self.read_output(worker);
+                let remains = self.has_remains(worker);
+                self.inbox.push_back(Event::Exited { worker, how, remains });
+            }
+            Err(error) => tracing::error!(pid = process.pid, %error, "cannot ask how a worker ended"),
+        }
+    }
+
+    /// Passes on what a worker printed.
+    pub(super) fn read_output(&mut self, worker: WorkerId) {
+        let Some(process) = self.processes.get_mut(&worker) else { return };
+        if let Some(output) = &mut process.output
+            && !output.pass_on(&mut process.last_lines)
+        {
+            process.output = None;
+        }
+    }
+
+    fn listen(&self, id: ListenerId) -> Result<(), i32> {
+        let listener = self.listeners.of(id).ok_or(nix::libc::ENOENT)?;
+        let name = self.groups.name(listener.group);
+        let generation = self.processes.get(&listener.worker).map(|process| process.generation);
+        let config = generation.and_then(|generation| self.launches.get(&generation)).map(|launch| &launch.config);
+        let backlog = config.and_then(|config| config.listen.iter().find(|listen| listen.name == name));
+        let backlog = backlog.and_then(|listen| i32::try_from(listen.backlog).ok()).unwrap_or(i32::MAX);
+        let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;
+        socket::listen(handle, backlog).map_err(|error| errno(&error))
+    }
+
+    fn admit(&self, id: ListenerId, key: u32) -> Result<(), i32> {
+        let group = self.listeners.of(id).map(|listener| listener.group).ok_or(nix::libc::ENOENT)?;
+        let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;
+        self.groups.admit(group, key, handle)
+    }
+
+    fn is_owned(&self, id: ListenerId) -> bool {
+        let worker = self.listeners.of(id).map(|listener| listener.worker);
+        let pid = worker.and_then(|worker| self.processes.get(&worker)).map(|process| process.pid);
+        pid.is_some_and(|pid| self.listeners.is_owned(id, pid))
+    }
+
+    fn look_at(&mut self, group: reuseportd_core::GroupId) {
+        match self.observe(group) {
+            Ok(view) => {
+                self.views.insert(group, view.clone());
+                self.inbox.push_back(Event::Observed { group, view });
+            }
+            Err(error) => {
+                tracing::error!(listener = self.groups.name(group), %error, "cannot look at a group; using the last look");
+                let view = self.views.get(&group).cloned().unwrap_or_default();
+                self.inbox.push_back(Event::Observed { group, view });
+            }
+        }
+    }
+
+    fn count_connections(&mut self, workers: &[WorkerId]) {
+        match self.count(workers) {
+            Ok(connections) => self.inbox.push_back(Event::Counted { connections }),
+            Err(error) => tracing::error!(%error, "cannot count open connections"),
+        }
+    }
+
+    // ---- facts for people -------------------------------------------------------------------------------------
+
+    fn tell_people(&mut self, report: Report) {
+        match &report {
+            Report::Launching(generation, _) => self.bring_up(*generation),
+            Report::Failing(_, reason) => self.failing = Some(self.reason(*reason)),
+            Report::Drained(generation) => {
+                self.groups.fold_counters(*generation);
+                self.launches.remove(generation);
+            }
+            Report::Ended(receipt) => self.keep_receipt(receipt),
+            Report::WorkerReady(_)
+            | Report::Queued(_)
+            | Report::Superseded(_)
+            | Report::Entered(..)
+            | Report::Switched(_)
+            | Report::WorkerExited { .. }
+            | Report::Respawning(..)
+            | Report::Replaced(..)
+            | Report::BreakerOpened(_)
+            | Report::BreakerClosed
+            | Report::LeftoversTaken(..)
+            | Report::LeftoversLost(..)
+            | Report::SlotsDiffer(_)
+            | Report::SteerFailed(..)
+            | Report::ListenerLost(_)
+            | Report::Killed(..)
+            | Report::Bug(_) => {}
+        }
+        self.log_report(&report);
+    }
+
+    /// The generation has its number now: what was prepared for it is kept under that.
+    fn bring_up(&mut self, generation: Generation) {
+        self.failing = None;
+        self.groups.fold_counters(generation);
+        if let Some(launch) = self.prepared.pop_front() {
+            self.config = Rc::clone(&launch.config);
+            if let Err(error) = self.log_level.reload(tracing_subscriber::filter::LevelFilter::from_level(
+                self.log_level_override.unwrap_or(self.config.log.level),
+            )) {
+                tracing::warn!(%error, "cannot change the log level");
+            }
+            self.launches.insert(generation, launch);
+        }
+    }
+
+    fn keep_receipt(&mut self, receipt: &reuseportd_core::Receipt) {
+        let known = self.receipts.iter().position(|(serial, _)| *serial == Some(receipt.serial));
+        let reason = match known.and_then(|at| self.receipts.get(at)) {
+            Some((_, earlier)) => earlier.reason.clone(),
+            None => receipt.reason.map(|reason| self.failing.take().unwrap_or_else(|| self.reason(reason))),
+        };
+        let shown = self.receipt(receipt, reason);
+        match known.and_then(|at| self.receipts.get_mut(at)) {
+            Some(earlier) => earlier.1 = shown,
+            // The first start is no upgrade, unless it fails.
+            None if receipt.from.is_none() && shown.reason.is_none() => {}
+            None => self.keep(Some(receipt.serial), shown),
+        }
+    }
+
+    /// Keeps a receipt as the last one; without a number nobody asks for it later.
+    pub(super) fn keep(&mut self, serial: Option<u32>, receipt: reuseportd_wire::status::Receipt) {
+        self.receipts.push_back((serial, receipt));
+        if self.receipts.len() > RECEIPTS_MAX {
+            self.receipts.pop_front();
+        }
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::ESRCH)
+}
+
+impl Shell {
+    /// The worker's pid for people; 0 once it is reaped.
+    pub(super) fn pid(&self, worker: WorkerId) -> i32 {
+        self.processes.get(&worker).map_or(0, |process| process.pid)
+    }
+
+    /// Its generation and seat for people.
+    pub(super) fn place(&self, worker: WorkerId) -> (u32, u16) {
+        self.processes.get(&worker).map_or((0, 0), |process| (process.generation.0, process.seat.0))
+    }
+}

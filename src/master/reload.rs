@@ -1,0 +1,134 @@
+//! An upgrade is asked for: the config is read again and the program pinned before the core hears of it.
+
+use std::rc::Rc;
+
+use reuseportd_core::{Breaker, Engine, Event, Notice, Plan, Readiness, StopWhen, Ticket, Trigger, Wait};
+use reuseportd_wire::status as wire;
+
+use super::launch::Launch;
+use super::{Shell, clock, words};
+use crate::config::{self, Config, ReadinessMethod};
+
+/// An upgrade that does not even begin.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) text: String,
+    /// Exit code of the client: 2 for an invalid config, else 1.
+    pub(super) code: u8,
+}
+
+impl Shell {
+    /// Reads the config again and asks the core for an upgrade. Refused, nothing has changed.
+    pub(super) fn trigger(&mut self, trigger: Trigger, by: Option<(Ticket, Wait)>) -> Result<(), Refusal> {
+        match self.prepare() {
+            Ok((launch, plan)) => {
+                // One wish waits at the most: a later one takes its place, here as in the core.
+                if self.core.has_upgrade() {
+                    self.prepared.clear();
+                }
+                self.prepared.push_back(launch);
+                self.inbox.push_back(Event::Upgrade { plan, trigger, by });
+                Ok(())
+            }
+            Err((summary, refusal)) => {
+                self.refused(trigger, &summary);
+                Err(refusal)
+            }
+        }
+    }
+
+    fn prepare(&self) -> Result<(Launch, Plan), (String, Refusal)> {
+        let config = config::load(&self.config_path).map_err(|errors| {
+            (format!("invalid config: {}", errors.summary()), Refusal { text: errors.to_string(), code: 2 })
+        })?;
+        let refuse = |text: String| (text.clone(), Refusal { text, code: 1 });
+        self.check_change(&config).map_err(refuse)?;
+        let plan = plan(&config, self.groups.choice.engine);
+        let launch = Launch::prepare(Rc::new(config)).map_err(|error| refuse(error.to_string()))?;
+        Ok((launch, plan))
+    }
+
+    /// What can't change while the master runs.
+    fn check_change(&self, new: &Config) -> Result<(), String> {
+        let restart = "restart the service to change it";
+        if new.app.name != self.config.app.name {
+            return Err(format!("app.name can't change in an upgrade: {restart}"));
+        }
+        if new.control.socket != self.config.control.socket {
+            return Err(format!("control.socket can't change in an upgrade: {restart}"));
+        }
+        if new.steering.engine != self.config.steering.engine {
+            return Err(format!("steering.engine can't change in an upgrade: {restart}"));
+        }
+        let addresses = |config: &Config| {
+            let mut all: Vec<_> = config.listen.iter().map(|listen| (listen.name.clone(), listen.address)).collect();
+            all.sort();
+            all
+        };
+        if addresses(new) != addresses(&self.config) {
+            return Err(format!("adding, removing or changing a [[listen]] in an upgrade is not supported yet: {restart}"));
+        }
+        Ok(())
+    }
+
+    fn refused(&mut self, trigger: Trigger, reason: &str) {
+        tracing::error!(event = "upgrade_refused", reason, "upgrade refused: {reason}; nothing changed");
+        let from = self.core.status().active.map(|generation| generation.0);
+        let receipt = wire::Receipt {
+            from,
+            to: None,
+            trigger: words::trigger(trigger),
+            outcome: wire::Outcome::Refused,
+            reason: Some(reason.to_owned()),
+            started_at: clock::wall(clock::now()),
+            duration_ms: 0,
+            phases: Vec::new(),
+            listeners: Vec::new(),
+            forced_kills: 0,
+            connections_cut: Some(0),
+            superseded_by: None,
+        };
+        self.keep(None, receipt);
+        // There is no message for a failed reload: systemd is told that it began and ended, and why it came to nothing.
+        if trigger == Trigger::Signal && !self.core.has_upgrade() {
+            self.upstream.notice(Notice::Reloading);
+            self.upstream.notice(Notice::Ready);
+        }
+        self.upstream.status(&format!("upgrade refused: {reason}"));
+    }
+}
+
+/// What the core has to know of a config.
+pub(super) fn plan(config: &Config, engine: Engine) -> Plan {
+    let settle = match engine {
+        Engine::Cbpf => std::time::Duration::from_secs(10),
+        Engine::Ebpf | Engine::None => std::time::Duration::from_secs(2),
+    };
+    let (upgrade, restart) = (&config.upgrade, &config.restart);
+    Plan {
+        workers: config.app.workers,
+        groups: (0..).map(reuseportd_core::GroupId).zip(&config.listen).map(|(group, _)| group).collect(),
+        readiness: match config.readiness.method {
+            ReadinessMethod::Notify => Readiness::Notify,
+            ReadinessMethod::Listen => Readiness::Listen,
+        },
+        ready_timeout: upgrade.ready_timeout,
+        settle_timeout: upgrade.settle_timeout.unwrap_or(settle.min(upgrade.drain_timeout)),
+        stop_when: match upgrade.stop_when {
+            config::StopWhen::Drained => StopWhen::Drained,
+            config::StopWhen::Idle => StopWhen::Idle,
+            config::StopWhen::Auto => StopWhen::Auto,
+        },
+        idle_timeout: upgrade.idle_timeout,
+        drain_timeout: upgrade.drain_timeout,
+        max_draining: upgrade.max_draining,
+        backoff: restart.backoff,
+        backoff_max: restart.backoff_max,
+        stable_after: restart.stable_after,
+        breaker: Breaker {
+            exits: restart.breaker.exits,
+            window: restart.breaker.window,
+            cooldown: restart.breaker.cooldown,
+        },
+    }
+}

@@ -1,0 +1,163 @@
+//! The core's facts as log events, STATUS text and progress: one event per fact, under a stable name.
+
+use reuseportd_core::{Generation, Phase, Report, WorkerId};
+use reuseportd_wire::status as wire;
+
+use super::{Shell, words};
+
+impl Shell {
+    pub(super) fn log_report(&mut self, report: &Report) {
+        match report {
+            Report::Launching(generation, trigger) => {
+                tracing::info!(event = "launching", generation = generation.0, trigger = %words::trigger(*trigger), "launching generation {}", generation.0);
+            }
+            Report::Queued(generation) => {
+                let text = "waits until an old generation has finished draining (upgrade.max_draining)";
+                tracing::info!(event = "queued", generation = generation.0, "generation {} {text}", generation.0);
+                self.say_state(wire::Phase::Launching, &format!("generation {} {text}", generation.0), None);
+            }
+            Report::Superseded(trigger) => {
+                tracing::info!(event = "superseded", trigger = %words::trigger(*trigger), "a waiting upgrade is replaced by a later one");
+            }
+            Report::Entered(generation, phase) => self.entered(*generation, *phase),
+            Report::Failing(generation, _) => {
+                let reason = self.failing.clone().unwrap_or_default();
+                tracing::error!(event = "failing", generation = generation.0, reason, "generation {} can't be launched: {reason}", generation.0);
+            }
+            Report::Switched(generation) => {
+                tracing::info!(event = "switched", generation = generation.0, "new connections go to generation {}", generation.0);
+            }
+            Report::Ended(receipt) => self.ended(receipt),
+            Report::Drained(generation) => {
+                tracing::info!(event = "drained", generation = generation.0, "generation {} is gone", generation.0);
+            }
+            Report::WorkerReady(worker) => self.worker_ready(*worker),
+            Report::WorkerExited { .. } | Report::Respawning(..) | Report::Replaced(..) | Report::Killed(..) => {
+                self.log_worker(report);
+            }
+            Report::BreakerOpened(pause) => {
+                self.state_reason = Some(format!("too many worker exits: no respawns for {pause:?} (restart.breaker)"));
+                tracing::error!(event = "breaker_opened", ?pause, "too many worker exits: no respawns for {pause:?}");
+                self.upstream.status(self.state_reason.as_deref().unwrap_or_default());
+            }
+            Report::BreakerClosed => {
+                self.state_reason = None;
+                tracing::info!(event = "breaker_closed", "respawning again");
+                self.upstream.status("respawning again");
+            }
+            Report::LeftoversTaken(..)
+            | Report::LeftoversLost(..)
+            | Report::SlotsDiffer(_)
+            | Report::SteerFailed(..)
+            | Report::ListenerLost(_) => self.log_listener(report),
+            Report::Bug(what) => tracing::error!(event = "bug", what, "this should not have happened; please report it"),
+        }
+    }
+
+    fn log_worker(&self, report: &Report) {
+        match report {
+            Report::WorkerExited { worker, how, asked } => {
+                let ((generation, seat), pid, how) = (self.place(*worker), self.pid(*worker), words::exit(*how));
+                if *asked {
+                    tracing::info!(event = "worker_exited", generation, seat, pid, how, asked, "worker {pid} {how}");
+                } else {
+                    tracing::warn!(event = "worker_exited", generation, seat, pid, how, asked, "worker {pid} {how}, unasked");
+                }
+            }
+            Report::Respawning(generation, seat, pause) => {
+                let (generation, seat) = (generation.0, seat.0);
+                tracing::info!(event = "respawning", generation, seat, ?pause, "seat {seat} is filled again in {pause:?}");
+            }
+            Report::Replaced(worker, reason) => {
+                let ((generation, seat), pid, reason) = (self.place(*worker), self.pid(*worker), self.reason(*reason));
+                tracing::warn!(event = "replaced", generation, seat, pid, reason, "worker {pid} is replaced: {reason}");
+            }
+            Report::Killed(worker, open) => {
+                let ((generation, seat), pid) = (self.place(*worker), self.pid(*worker));
+                tracing::warn!(event = "killed", generation, seat, pid, ?open, "worker {pid} killed at its deadline (upgrade.drain_timeout)");
+            }
+            _ => {}
+        }
+    }
+
+    fn log_listener(&self, report: &Report) {
+        match report {
+            Report::LeftoversTaken(listener, count) => {
+                tracing::info!(event = "leftovers_taken", listener = listener.0, count, "{count} waiting connections taken by a sibling");
+            }
+            Report::LeftoversLost(listener, count) => {
+                tracing::warn!(event = "leftovers_lost", listener = listener.0, count, "{count} waiting connections of an ended worker had no one to go to (net.ipv4.tcp_migrate_req=1 would move them)");
+            }
+            Report::SlotsDiffer(group) => {
+                let name = self.groups.name(*group);
+                tracing::warn!(event = "slots_differ", listener = name, "the slots of listener {name:?} changed unexpectedly: a stranger in the group?");
+            }
+            Report::SteerFailed(group, errno) => {
+                let (name, error) = (self.groups.name(*group), words::errno(*errno));
+                tracing::error!(event = "steer_failed", listener = name, error, "the kernel refused to steer listener {name:?}: {error}");
+            }
+            Report::ListenerLost(listener) => {
+                tracing::warn!(event = "listener_lost", listener = listener.0, "a worker closed its listener without being asked");
+            }
+            _ => {}
+        }
+    }
+
+    /// STATUS for the service manager, progress for clients that wait.
+    fn say_state(&mut self, phase: wire::Phase, text: &str, ready: Option<(u32, u32)>) {
+        self.upstream.status(text);
+        self.clients.progress(phase, text, ready);
+    }
+
+    fn entered(&mut self, generation: Generation, phase: Phase) {
+        let n = generation.0;
+        tracing::info!(event = "phase", generation = n, phase = %words::phase(phase), "generation {n}: {}", words::phase(phase));
+        let text = match phase {
+            Phase::Launching => format!("launching generation {n}"),
+            Phase::Steering => format!("switching to generation {n}"),
+            Phase::Retiring => format!("generation {n} serves; the old one is retiring"),
+            Phase::RollingBack => format!("generation {n} failed: rolling back"),
+            Phase::Draining => format!("generation {n} serves; the old one finishes its connections"),
+        };
+        self.say_state(words::phase(phase), &text, None);
+    }
+
+    fn worker_ready(&mut self, worker: WorkerId) {
+        let ((n, seat), pid) = (self.place(worker), self.pid(worker));
+        tracing::info!(event = "worker_ready", generation = n, seat, pid, "worker {pid} is ready");
+        let view = self.core.status();
+        let Some(generation) = view.generations.iter().find(|view| view.generation.0 == n) else { return };
+        if view.active == Some(generation.generation) {
+            return;
+        }
+        let is_ready = |worker: &&reuseportd_core::WorkerView| {
+            worker.state.is_some_and(|state| state == reuseportd_core::WorkerState::Ready)
+        };
+        let ready = u32::try_from(generation.workers.iter().filter(is_ready).count()).unwrap_or(u32::MAX);
+        let of = u32::try_from(generation.workers.len()).unwrap_or(u32::MAX);
+        let text = format!("generation {n}: {ready} of {of} workers ready");
+        self.say_state(wire::Phase::Launching, &text, Some((ready, of)));
+    }
+
+    fn ended(&mut self, receipt: &reuseportd_core::Receipt) {
+        let Some((_, shown)) = self.receipts.iter().find(|(serial, _)| *serial == Some(receipt.serial)) else {
+            let generation = receipt.to.map_or(0, |generation| generation.0);
+            self.upstream.status(&format!("generation {generation} serves"));
+            return;
+        };
+        let (outcome, reason) = (shown.outcome, shown.reason.clone());
+        let (from, to, ms) = (shown.from, shown.to, shown.duration_ms);
+        let is_final = receipt.is_final;
+        let json = serde_json::to_string(shown).unwrap_or_default();
+        match &reason {
+            Some(reason) => tracing::error!(event = "upgrade_ended", %outcome, ?from, ?to, reason, receipt = json, "upgrade {outcome}: {reason}"),
+            None => tracing::info!(event = "upgrade_ended", %outcome, ?from, ?to, ms, is_final, receipt = json, "upgrade {outcome}"),
+        }
+        let text = match (reason, to) {
+            (Some(reason), _) => format!("upgrade {outcome}: {reason}"),
+            (None, Some(to)) => format!("generation {to} serves"),
+            (None, None) => "serving".to_owned(),
+        };
+        self.upstream.status(&text);
+    }
+}

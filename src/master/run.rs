@@ -1,0 +1,128 @@
+//! The loop: wait, tell the core, carry out. The only place that blocks.
+
+use std::os::fd::BorrowedFd;
+
+use reuseportd_core::{Event, StopMode, Trigger, WorkerId};
+use reuseportd_sys::signals::Signal;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Shell, clock};
+
+/// What a descriptor of the loop is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Token {
+    Signals,
+    Notifications,
+    Knock,
+    Client(u32),
+    /// The worker's pidfd.
+    End(WorkerId),
+    Channel(WorkerId),
+    Output(WorkerId),
+}
+
+impl Shell {
+    /// Runs until the core says that it is over; the exit code.
+    pub(super) fn run(&mut self) -> u8 {
+        self.work();
+        while self.exit.is_none() {
+            for token in self.wait() {
+                self.ready(token);
+            }
+            if self.core.next_deadline().is_some_and(|deadline| deadline <= clock::now()) {
+                self.inbox.push_back(Event::Deadline);
+            }
+            self.work();
+        }
+        self.exit.unwrap_or(0)
+    }
+
+    /// Tells the core everything that happened, and does what it answers.
+    fn work(&mut self) {
+        while let Some(event) = self.inbox.pop_front() {
+            self.core.handle(event, clock::now());
+            while let Some(command) = self.core.next_command() {
+                self.perform(command);
+            }
+            #[cfg(debug_assertions)]
+            self.core.check();
+        }
+    }
+
+    /// Waits for anything to happen. The list is made anew each time, so that nothing in it can be out of date.
+    fn wait(&self) -> Vec<Token> {
+        let watched = self.watched();
+        let mut fds: Vec<PollFd<'_>> = watched.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        let timeout = self.core.next_deadline().map(|deadline| {
+            let left = deadline.since(clock::now());
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            }
+        });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => tracing::error!(%error, "cannot wait for events"),
+        }
+        let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        watched.iter().zip(&fds).filter(|(_, fd)| ready(fd)).map(|((token, _, _), _)| *token).collect()
+    }
+
+    fn watched(&self) -> Vec<(Token, BorrowedFd<'_>, PollFlags)> {
+        use std::os::fd::AsFd;
+        let mut watched = vec![
+            // Notifications before ends: a worker that said READY=1 and ended has said it.
+            (Token::Notifications, self.notify.as_fd(), PollFlags::IN),
+            (Token::Signals, self.signals.fd(), PollFlags::IN),
+        ];
+        for (worker, process) in &self.processes {
+            if let Some(channel) = &process.channel {
+                watched.push((Token::Channel(*worker), channel.as_fd(), PollFlags::IN));
+            }
+            if let Some(output) = &process.output {
+                watched.push((Token::Output(*worker), output.fd(), PollFlags::IN));
+            }
+            if !process.is_ended {
+                watched.push((Token::End(*worker), process.pidfd.as_fd(), PollFlags::IN));
+            }
+        }
+        watched.push((Token::Knock, self.clients.listener(), PollFlags::IN));
+        for (number, fd, has_unsent) in self.clients.fds() {
+            let flags = if has_unsent { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+            watched.push((Token::Client(number), fd, flags));
+        }
+        watched
+    }
+
+    fn ready(&mut self, token: Token) {
+        match token {
+            Token::Signals => self.read_signals(),
+            Token::Notifications => self.read_notifications(),
+            Token::Knock => self.clients.accept(),
+            Token::Client(number) => {
+                self.clients.send(number);
+                self.read_client(number);
+            }
+            Token::End(worker) => self.worker_ended(worker),
+            Token::Channel(worker) => self.read_channel(worker),
+            Token::Output(worker) => self.read_output(worker),
+        }
+    }
+
+    fn read_signals(&mut self) {
+        for signal in self.signals.read() {
+            match signal {
+                // A refusal is in the log, in STATUS and in `status`: nobody waits for an answer to a signal.
+                Signal::Hangup => drop(self.trigger(Trigger::Signal, None)),
+                Signal::Terminate | Signal::Interrupt => {
+                    self.inbox.push_back(Event::Stop { mode: StopMode::Graceful, by: None });
+                }
+                Signal::Quit => self.inbox.push_back(Event::Stop { mode: StopMode::Fast, by: None }),
+                Signal::User1 => {}
+                Signal::User2 | Signal::TerminalInput | Signal::TerminalOutput => {
+                    tracing::warn!(?signal, "this signal has no meaning yet: ignored");
+                }
+            }
+        }
+    }
+}
