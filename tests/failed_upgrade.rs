@@ -90,7 +90,7 @@ fn failures_lose_nothing(engine: &'static str, mode: &str) {
             let mut changed = app.clone();
             (failure.change)(world, &mut changed);
             changed.write();
-            let (code, receipt) = master.try_upgrade();
+            let (code, receipt) = master.failing_upgrade();
             let told = format!("{}: {receipt:#?}", failure.sort);
             assert_eq!((code, receipt.outcome), (1, failure.outcome), "{told}");
             let reason = receipt.reason.unwrap_or_default();

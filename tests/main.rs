@@ -5,6 +5,16 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a surprise is a failure")]
 
+mod cli;
+mod config;
+mod crash;
+mod failed_upgrade;
+mod half_open;
+mod launch;
+mod notify;
+mod readiness;
+mod stop;
 mod support;
 mod tidy;
+mod unprivileged;
 mod upgrade;

@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use reuseportd_bench::Spec;
-use reuseportd_wire::status::{GenerationState, MasterState, Outcome, Trigger};
-
 use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;

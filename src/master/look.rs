@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 
-use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Problem, WorkerId};
+use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Member, Problem, WorkerId};
 use reuseportd_sys::diag::{self, Family, Protocol, Query, Socket, states};
 use reuseportd_sys::{pidfd, procfs, socket};
 
@@ -104,7 +104,7 @@ impl Shell {
         let listening = sockets.into_iter().filter(|s| s.state == states::LISTEN && s.local == address).collect();
         for socket in diag::listen_order(listening) {
             let listener = self.listeners.by_cookie(id, socket.cookie);
-            view.order.push(listener);
+            view.members.push(Member { cookie: socket.cookie, listener });
             if let Some(listener) = listener {
                 let depth =
                     Depth { queued: socket.recv_queue, backlog: socket.send_queue, drops: socket.drops };

@@ -201,7 +201,7 @@ impl Shell {
             | Report::BreakerClosed
             | Report::LeftoversTaken(..)
             | Report::LeftoversLost(..)
-            | Report::SlotsDiffer(_)
+            | Report::SlotsUnsure(_)
             | Report::SteerFailed(..)
             | Report::ListenerLost(_)
             | Report::Killed(..)

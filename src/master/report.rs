@@ -47,7 +47,7 @@ impl Shell {
             }
             Report::LeftoversTaken(..)
             | Report::LeftoversLost(..)
-            | Report::SlotsDiffer(_)
+            | Report::SlotsUnsure(_)
             | Report::SteerFailed(..)
             | Report::ListenerLost(_) => self.log_listener(report),
             Report::Bug(what) => tracing::error!(event = "bug", what, "this should not have happened; please report it"),
@@ -88,9 +88,9 @@ impl Shell {
             Report::LeftoversLost(listener, count) => {
                 tracing::warn!(event = "leftovers_lost", listener = listener.0, count, "{count} waiting connections of an ended worker had no one to go to (net.ipv4.tcp_migrate_req=1 would move them)");
             }
-            Report::SlotsDiffer(group) => {
+            Report::SlotsUnsure(group) => {
                 let name = self.groups.name(*group);
-                tracing::warn!(event = "slots_differ", listener = name, "the slots of listener {name:?} changed unexpectedly: a stranger in the group?");
+                tracing::warn!(event = "slots_unsure", listener = name, "several sockets left the group of listener {name:?} unasked: which slot is whose is a guess until the next generation");
             }
             Report::SteerFailed(group, errno) => {
                 let (name, error) = (self.groups.name(*group), words::errno(*errno));

@@ -17,6 +17,7 @@ pub(crate) struct Manager {
 
 impl Manager {
     pub(crate) fn listen(path: &Path) -> Manager {
+        let _ = fs::remove_file(path); // of an earlier master in the same world
         let socket = UnixDatagram::bind(path).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
         let told = Arc::new((Mutex::new(Vec::new()), Condvar::new()));

@@ -104,14 +104,18 @@ impl<'a> Master<'a> {
 
     /// An upgrade that must succeed; back when the old generation has no process any more.
     pub(crate) fn upgrade(&self) -> Receipt {
-        let (code, receipt) = self.try_upgrade();
+        let (code, receipt) = self.receipt(self.cli("upgrade --wait=drained --json"));
         assert_eq!((code, receipt.outcome), (0, Outcome::Completed), "{receipt:#?}\n{}", self.log());
         receipt
     }
 
-    /// Exit code and receipt of an upgrade.
-    pub(crate) fn try_upgrade(&self) -> (i32, Receipt) {
-        self.receipt(self.cli("upgrade --wait=drained --json"))
+    /// An upgrade that must not succeed: the client's exit code and the receipt in `status`.
+    pub(crate) fn failing_upgrade(&self) -> (i32, Receipt) {
+        let done = self.cli("upgrade --wait");
+        let receipt = self.status().last_upgrade.expect("every wish leaves a receipt");
+        let reason = receipt.reason.as_deref().unwrap_or("no reason");
+        assert!(done.stderr.contains(reason), "{reason:?} is not what the client is told: {done:#?}");
+        (done.code, receipt)
     }
 
     /// The receipt that `upgrade --wait --json` printed.

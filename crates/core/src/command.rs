@@ -223,8 +223,8 @@ pub enum Report {
     LeftoversTaken(ListenerId, u32),
     /// So many connections of a listener had no one to go to.
     LeftoversLost(ListenerId, u32),
-    /// The slots of a group were not what the model said; the kernel's order is used.
-    SlotsDiffer(GroupId),
+    /// Several sockets left a group unasked: who sits in which slot is a guess now.
+    SlotsUnsure(GroupId),
     /// The kernel refused to steer; tried again soon.
     SteerFailed(GroupId, i32),
     /// An anchored worker no longer holds its listener.

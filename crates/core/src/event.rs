@@ -212,8 +212,9 @@ pub enum Problem {
 /// The kernel's picture of one group at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupView {
-    /// Every listening socket in listen order; `None` is a stranger, or a worker's that is not ready yet.
-    pub order: Vec<Option<ListenerId>>,
+    /// Every listening socket, in the order in which they began to listen. That is the order in which they took their
+    /// slots; but a socket that leaves moves the last slot into its place, and this list it only shortens.
+    pub members: Vec<Member>,
     /// Queue of each known listener.
     pub depths: Vec<(ListenerId, Depth)>,
     /// Half-open handshakes of the port, by the kernel's cookie. Nothing says whose they are.
@@ -224,6 +225,15 @@ pub struct GroupView {
     pub migrate_failures: Option<u64>,
     /// `net.ipv4.tcp_migrate_req` is on: the kernel moves a closing listener's queue by hash.
     pub migrates_by_hash: bool,
+}
+
+/// A listening socket of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// The kernel's name for the socket, never used again.
+    pub cookie: u64,
+    /// `None` is a stranger's, or a worker's that is not ready yet.
+    pub listener: Option<ListenerId>,
 }
 
 /// What waits in a listener.

@@ -141,6 +141,12 @@ impl Group {
         self.target.iter().any(|(wanted, _)| *wanted == generation)
     }
 
+    /// Whether the kernel was told who is wanted, and agreed.
+    pub(crate) fn is_told(&self) -> bool {
+        !self.is_stale
+            && !matches!(self.work, Work::Steering(_) | Work::Surveying(After::Steer) | Work::Refused)
+    }
+
     /// Whether the kernel does what is wanted.
     pub(crate) fn is_steered(&self) -> bool {
         !self.is_stale && self.work == Work::Idle

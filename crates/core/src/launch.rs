@@ -402,6 +402,8 @@ impl Master {
         if let Some(record) = self.generations.get_mut(&to) {
             record.state = GenerationState::Active;
         }
+        // Addresses that are no more were served until here, in case the upgrade failed.
+        self.aim_away(Some(to));
         self.enter_step(UpgradeStep::Retiring);
         if let Some(from) = from {
             self.retire(from);
@@ -432,6 +434,7 @@ impl Master {
             // Some groups may already have been steered: take them back, and let the new generation serve what it got.
             let target: Vec<(Generation, u16)> = from.into_iter().map(|from| (from, 1000)).collect();
             self.aim(&target);
+            self.aim_away(from);
             return self.retire(to);
         }
         if let Some(record) = self.generations.get_mut(&to) {

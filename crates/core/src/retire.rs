@@ -3,6 +3,7 @@
 
 use crate::command::{Command, Order, Report, Signal};
 use crate::generation::{GenerationState, RetireStep, Retirement};
+use crate::group::Group;
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, StopWhen};
@@ -73,9 +74,18 @@ impl Master {
     }
 
     fn go_on_retiring(&mut self, generation: Generation) {
+        let is_steered = self.groups.values().all(Group::is_told);
+        let record = self.generations.get_mut(&generation);
+        let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
+        let before = retirement.step.clone();
+        // As long as the kernel may still choose this generation, nothing of it has settled.
+        if before == RetireStep::Counting && !is_steered {
+            retirement.since = self.now;
+            self.timers.arm(Timer::Retire(generation), self.now.after(LOOK_PAUSE_MAX));
+            return;
+        }
         let record = self.generations.get(&generation);
         let Some(retirement) = record.and_then(|record| record.retirement.as_ref()) else { return };
-        let before = retirement.step.clone();
         let since = retirement.since;
         let settle_by = record.map_or(since, |record| since.after(record.plan.settle_timeout));
         let step = match before.clone() {
@@ -84,6 +94,7 @@ impl Master {
                 // A stop that can't refuse new connections has nothing to wait for: they never end.
                 if self.keeps_receiving() { RetireStep::Emptying } else { RetireStep::Pausing }
             }
+            RetireStep::Pausing if self.now < since.after(SNAPSHOT_AFTER) => RetireStep::Pausing,
             RetireStep::Pausing => RetireStep::Settling(self.half_open()),
             RetireStep::Settling(begun) => RetireStep::Settling(begun),
             RetireStep::Emptying => RetireStep::Emptying,
@@ -91,7 +102,9 @@ impl Master {
         let step = self.settle(generation, step, settle_by);
         let pause = if step == before { None } else { Some(LOOK_PAUSE) };
         let is_emptying = step == RetireStep::Emptying;
-        let first = if step == RetireStep::Pausing { Some(since.after(SNAPSHOT_AFTER)) } else { None };
+        let soon = self.now.after(LOOK_PAUSE);
+        let first =
+            if step == RetireStep::Pausing { Some(since.after(SNAPSHOT_AFTER).max(soon)) } else { None };
         let record = self.generations.get_mut(&generation);
         let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
         retirement.step = step;
@@ -147,7 +160,8 @@ impl Master {
         let is_strict = self.engine == Engine::Cbpf
             && self.stopping.is_none()
             && self.groups.keys().any(|group| self.choosable(*group).len() < 2);
-        let mut is_blocked = false;
+        // As long as the kernel's program may name a slot that is no more, connections may fall on any of them, too.
+        let mut is_blocked = self.engine == Engine::Cbpf && !self.groups.values().all(Group::is_told);
         let mut count = Vec::new();
         for id in workers {
             let Some(state) = self.workers.get(&id).map(|worker| worker.state) else { continue };

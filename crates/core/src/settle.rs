@@ -30,7 +30,8 @@ impl Master {
     /// Whether it can leave without a handshake being lost that could have been waited for.
     pub(crate) fn is_settled(&self, id: ListenerId) -> bool {
         let Some(listener) = self.listeners.get(&id) else { return true };
-        let waits = listener.settling != Settling::Settled && listener.listens && listener.handle && !listener.gone;
+        let waits =
+            listener.settling != Settling::Settled && listener.listens && listener.handle && !listener.gone;
         self.engine != Engine::Cbpf || self.keeps_receiving() || !waits
     }
 
@@ -43,7 +44,9 @@ impl Master {
         let look = self.now.after(SNAPSHOT_AFTER);
         let mut begins = false;
         for listener in self.listeners.values_mut().filter(|l| l.group == id && l.listens && l.handle) {
-            if listener.settling == Settling::Chosen && (listener.leaving || !group.wants(listener.generation)) {
+            if listener.settling == Settling::Chosen
+                && (listener.leaving || !group.wants(listener.generation))
+            {
                 let plan = self.generations.get(&listener.generation).map(|record| &record.plan);
                 let until = self.now.after(plan.map_or(Duration::ZERO, |plan| plan.settle_timeout));
                 listener.settling = Settling::Begun { look, until };

@@ -1,40 +1,60 @@
 //! The places of listeners in a group, under either engine's rules.
 
+use crate::event::Member;
 use crate::id::{Generation, ListenerId};
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// The slots of a group under `cbpf`: a new listener takes the last one, and when one leaves, the last moves into
-/// its place. `None` is a listener that is nobody's, or not known yet.
+/// its place. The kernel does not tell the slots, only who listens since when; so what happened in between is followed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Slots(Vec<Option<ListenerId>>);
+pub(crate) struct Slots(Vec<Member>);
 
 impl Slots {
-    /// Takes over what the kernel says; whether a listener sits elsewhere than the model said.
-    pub(crate) fn sync(&mut self, order: &[Option<ListenerId>]) -> bool {
-        let differs = self.0.iter().zip(order).any(|(model, kernel)| model.is_some() && model != kernel)
-            || self.0.len() > order.len();
-        self.0 = order.to_vec();
-        differs
+    /// Follows what happened since the last look. `false` if that can't be known for sure: several sockets left, and
+    /// in which order decides who sits where.
+    pub(crate) fn sync(&mut self, members: &[Member]) -> bool {
+        let is_there = |member: &Member| members.iter().any(|other| other.cookie == member.cookie);
+        let stayed = self.0.iter().filter(|member| is_there(member)).count();
+        let left_from_the_end = self.0.iter().take(stayed).all(is_there);
+        let is_sure = left_from_the_end || self.0.len() - stayed == 1;
+        for slot in (0..self.0.len()).rev() {
+            if !is_there(&self.0[slot]) {
+                self.0.swap_remove(slot);
+            }
+        }
+        for member in members {
+            match self.0.iter_mut().find(|known| known.cookie == member.cookie) {
+                Some(known) => known.listener = member.listener,
+                None => self.0.push(*member),
+            }
+        }
+        is_sure
     }
 
     /// The slot of a listener.
     pub(crate) fn of(&self, listener: ListenerId) -> Option<u16> {
-        self.0.iter().position(|slot| *slot == Some(listener)).and_then(|slot| u16::try_from(slot).ok())
+        let slot = self.0.iter().position(|member| member.listener == Some(listener))?;
+        u16::try_from(slot).ok()
     }
 
     /// The listener that will move when this one leaves, unless it is itself the last.
     pub(crate) fn mover(&self, leaving: ListenerId) -> Option<ListenerId> {
-        let last = (*self.0.last()?)?;
+        let last = self.0.last()?.listener?;
         (last != leaving && self.of(leaving).is_some()).then_some(last)
     }
 
-    /// No listener sits in two slots.
+    /// It is the only one left in the group.
+    pub(crate) fn is_last(&self, listener: ListenerId) -> bool {
+        self.0.len() == 1 && self.of(listener).is_some()
+    }
+
+    /// No socket sits in two slots.
     pub(crate) fn is_consistent(&self) -> bool {
         self.0
             .iter()
             .enumerate()
-            .all(|(slot, listener)| listener.is_none() || !self.0[slot + 1..].contains(listener))
+            .all(|(slot, member)| !self.0[slot + 1..].iter().any(|m| m.cookie == member.cookie))
     }
 
     /// A listener left: the last moves into the hole.
@@ -97,16 +117,33 @@ impl Keys {
 mod tests {
     use super::*;
 
+    fn members(cookies: &[u64]) -> Vec<Member> {
+        let listener = |cookie: u64| u32::try_from(cookie).ok().filter(|n| *n < 100).map(ListenerId);
+        cookies.iter().map(|cookie| Member { cookie: *cookie, listener: listener(*cookie) }).collect()
+    }
+
     #[test]
     fn the_last_slot_moves_into_the_hole() {
-        let listener = |n| Some(ListenerId(n));
         let mut slots = Slots::default();
-        assert!(!slots.sync(&[listener(1), listener(2), None, listener(4)]));
-        assert_eq!(slots.mover(ListenerId(1)), listener(4));
+        assert!(slots.sync(&members(&[1, 2, 3, 4])));
+        assert_eq!(slots.mover(ListenerId(1)), Some(ListenerId(4)));
         slots.remove(ListenerId(1));
         assert_eq!(slots.of(ListenerId(4)), Some(0));
+        assert!(slots.sync(&members(&[2, 3, 4, 5])), "the kernel lists by age, and 5 took the last slot");
+        assert_eq!([4, 2, 3, 5].map(|n| slots.of(ListenerId(n))), [Some(0), Some(1), Some(2), Some(3)]);
+        assert!(slots.sync(&members(&[2, 3, 4, 5, 900])));
         assert_eq!(slots.mover(ListenerId(4)), None, "a stranger moves, and nobody steers to it");
-        assert!(slots.sync(&[listener(2), listener(4)]), "not where the model said");
+    }
+
+    #[test]
+    fn one_that_left_unseen_is_followed_and_several_are_not_sure() {
+        let mut slots = Slots::default();
+        slots.sync(&members(&[1, 2, 3, 4, 5]));
+        assert!(slots.sync(&members(&[1, 2, 3])), "the last ones move nobody");
+        assert!(slots.sync(&members(&[2, 3])), "one moves the last");
+        assert_eq!(slots.of(ListenerId(3)), Some(0));
+        slots.sync(&members(&[2, 3, 6, 7]));
+        assert!(!slots.sync(&members(&[6, 7])));
     }
 
     #[test]

@@ -19,14 +19,29 @@ const RETRY: Duration = Duration::from_secs(1);
 const ENOSPC: i32 = 28;
 
 impl Master {
-    /// Points every group at those of these generations that listen there; [`pump`](Master::pump) does the rest.
+    /// Points groups at those of these generations that listen there; [`pump`](Master::pump) does the rest. A group
+    /// none of them listens in is left alone.
     pub(crate) fn aim(&mut self, target: &[(Generation, u16)]) {
         for (id, group) in &mut self.groups {
             let listens = |generation: &Generation| {
                 self.generations.get(generation).is_some_and(|record| record.plan.groups.contains(id))
             };
-            group.target = target.iter().filter(|(generation, _)| listens(generation)).copied().collect();
-            group.is_stale = true;
+            let here: Vec<_> = target.iter().filter(|(generation, _)| listens(generation)).copied().collect();
+            if !here.is_empty() {
+                group.target = here;
+                group.is_stale = true;
+            }
+        }
+    }
+
+    /// Points every group at nobody in which this generation does not listen, or all of them.
+    pub(crate) fn aim_away(&mut self, except: Option<Generation>) {
+        let plan = except.and_then(|generation| self.generations.get(&generation)).map(|record| &record.plan);
+        for (id, group) in &mut self.groups {
+            if !plan.is_some_and(|plan| plan.groups.contains(id)) {
+                group.target.clear();
+                group.is_stale = true;
+            }
         }
     }
 
@@ -173,8 +188,12 @@ impl Master {
         if self.choosable(id).is_empty() {
             return;
         }
+        let workers = &self.workers;
+        let lives = |l: &Listener| {
+            workers.get(&l.worker).is_some_and(|w| !matches!(w.state, WorkerState::Remains { .. }))
+        };
         let mut evicted = Vec::new();
-        for listener in self.listeners.values_mut().filter(|l| l.group == id && l.leaving) {
+        for listener in self.listeners.values_mut().filter(|l| l.group == id && (l.leaving || !lives(l))) {
             evicted.extend(listener.key.take());
         }
         for key in evicted {
@@ -333,7 +352,8 @@ impl Master {
         if queued > 0 && self.leave_to_sibling(id, leaving) {
             return;
         }
-        if queued > 0 && !self.groups.get(&id).is_some_and(|group| group.migrates_by_hash) {
+        let moves_on = |group: &Group| group.migrates_by_hash && !group.slots.is_last(leaving);
+        if queued > 0 && !self.groups.get(&id).is_some_and(moves_on) {
             self.note_leftovers(leaving, 0, queued);
         }
         let mover = self.groups.get(&id).and_then(|group| group.slots.mover(leaving));
@@ -409,7 +429,10 @@ impl Master {
     fn next_leaving(&self, id: GroupId) -> Option<ListenerId> {
         let group = self.groups.get(&id)?;
         let someone_serves = group.target.is_empty() || !self.choosable(id).is_empty();
-        let leaving = self.listeners.iter().filter(|(listener, l)| l.group == id && l.leaving && self.is_settled(**listener));
+        let leaving = self
+            .listeners
+            .iter()
+            .filter(|(listener, l)| l.group == id && l.leaving && self.is_settled(**listener));
         let can_leave = leaving
             .filter(|(_, l)| someone_serves || !l.listens || !group.wants(l.generation) && l.key.is_none());
         can_leave.map(|(id, _)| *id).max_by_key(|listener| group.slots.of(*listener))
@@ -432,6 +455,10 @@ impl Master {
         }
         if let Some(group) = self.groups.get_mut(&listener.group) {
             group.anchor = group.anchor.filter(|anchor| *anchor != id);
+            // The program goes with the last of its group.
+            if !self.listeners.values().any(|other| other.group == listener.group) {
+                group.in_force = InForce::Nothing;
+            }
         }
     }
 
@@ -480,17 +507,17 @@ impl Master {
         group.migrated = view.migrated.or(group.migrated);
         group.migrate_failures = view.migrate_failures;
         group.migrates_by_hash = view.migrates_by_hash;
-        let differs = group.slots.sync(&view.order);
+        let is_sure = group.slots.sync(&view.members);
         for (listener, depth) in &view.depths {
             if let Some(listener) = self.listeners.get_mut(listener) {
                 listener.depth = Some(*depth);
             }
         }
         for (listener, record) in self.listeners.iter_mut().filter(|(_, l)| l.group == id && l.listens) {
-            record.gone = !view.order.contains(&Some(*listener));
+            record.gone = !view.members.iter().any(|member| member.listener == Some(*listener));
         }
-        if differs && self.engine == Engine::Cbpf {
-            self.report(Report::SlotsDiffer(id));
+        if !is_sure && self.engine == Engine::Cbpf {
+            self.report(Report::SlotsUnsure(id));
         }
         match self.groups.get(&id).map(|group| group.work) {
             Some(Work::Surveying(After::Steer)) => self.steer_slots(id),

@@ -24,7 +24,7 @@ impl Master {
             self.drop_wish();
             self.fail_upgrade(Reason::Stopped);
             self.timers.disarm(Timer::Breaker);
-            self.aim(&[]);
+            self.aim_away(None);
             if let Some(active) = self.active.take() {
                 self.retire(active);
             }

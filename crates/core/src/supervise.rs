@@ -25,10 +25,13 @@ impl Master {
         if remains {
             self.end_remains(id, was.is_ending());
         } else {
-            self.push(Command::Reap { worker: id });
             self.forget_worker(id);
         }
         self.vacate(id, was, how);
+        if !remains {
+            // Last: until then the shell knows whose end it was, and what its last words were.
+            self.push(Command::Reap { worker: id });
+        }
     }
 
     /// Processes the worker started go with it; those of a worker that was told to stop may finish as it might have.

@@ -3,7 +3,7 @@
 //! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
 
 use crate::rng::Rng;
-use reuseportd_core::{Depth, GroupId, GroupView, ListenerId, Range, Share, WorkerId};
+use reuseportd_core::{Depth, GroupId, GroupView, ListenerId, Member, Range, Share, WorkerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const EINVAL: i32 = 22;
@@ -62,8 +62,10 @@ pub(crate) enum Program {
 
 #[derive(Debug)]
 pub(crate) struct Group {
-    /// Listeners in slot order.
+    /// Listeners in slot order, which nobody can ask for.
     pub(crate) slots: Vec<ListenerId>,
+    /// The same by age, which is how the kernel lists them.
+    by_age: Vec<ListenerId>,
     pub(crate) program: Program,
     keys: BTreeMap<u32, ListenerId>,
     migrated: u64,
@@ -71,7 +73,13 @@ pub(crate) struct Group {
 
 impl Default for Group {
     fn default() -> Group {
-        Group { slots: Vec::new(), program: Program::Hash, keys: BTreeMap::new(), migrated: 0 }
+        Group {
+            slots: Vec::new(),
+            by_age: Vec::new(),
+            program: Program::Hash,
+            keys: BTreeMap::new(),
+            migrated: 0,
+        }
     }
 }
 
@@ -137,7 +145,9 @@ impl Kernel {
         match socket.stage {
             Stage::Bound => {
                 socket.stage = Stage::Listening;
-                self.groups.entry(socket.group).or_default().slots.push(listener);
+                let group = self.groups.entry(socket.group).or_default();
+                group.slots.push(listener);
+                group.by_age.push(listener);
                 Ok(())
             }
             Stage::Listening => Ok(()),
@@ -253,8 +263,12 @@ impl Kernel {
             drops: None,
         };
         GroupView {
-            order: seen.slots.iter().map(known).collect(),
-            depths: seen.slots.iter().filter_map(known).map(|id| (id, depth(id))).collect(),
+            members: seen
+                .by_age
+                .iter()
+                .map(|id| Member { cookie: u64::from(id.0), listener: known(id) })
+                .collect(),
+            depths: seen.by_age.iter().filter_map(known).map(|id| (id, depth(id))).collect(),
             half_open: seen.slots.iter().flat_map(|id| self.sockets[id].half_open.iter().copied()).collect(),
             migrated: matches!(seen.program, Program::Ranges(_)).then_some(seen.migrated),
             migrate_failures: Some(self.failures),
@@ -302,6 +316,7 @@ impl Kernel {
         }
         if listened {
             group.slots.retain_swap(listener);
+            group.by_age.retain(|other| *other != listener);
             if !by_master {
                 self.left.insert(id);
             }
@@ -316,7 +331,15 @@ impl Kernel {
         }
     }
 
-    fn migrate(&mut self, group: GroupId, connection: u64, from: ListenerId, half_open: bool, migrates: bool, rng: &mut Rng) {
+    fn migrate(
+        &mut self,
+        group: GroupId,
+        connection: u64,
+        from: ListenerId,
+        half_open: bool,
+        migrates: bool,
+        rng: &mut Rng,
+    ) {
         self.waiting.remove(&connection);
         let choice = if migrates { self.choose(group, rng, true) } else { Choice::Refused };
         match choice {

@@ -53,8 +53,9 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     let mut world = World::new(seed, engine, verbose);
     let mut replay = Replay { seed, step: 0 };
     world.groups = u16::try_from(world.rng.between(1, 3)).unwrap_or(1);
-    world.pace = world.rng.between(2, 40) * MS;
+    // A service that can't keep up never gets its queues empty: that is nobody's promise.
     world.accept = [0, MS, 5 * MS, 20 * MS][world.rng.index(4)];
+    world.pace = world.rng.between(2, 40) * MS + world.accept;
     world.trace(format_args!("seed {seed}, {engine:?}, {} groups", world.groups));
     world.upgrade(Trigger::Start);
     world.later(0, Happening::Client);

@@ -27,6 +27,8 @@ pub(crate) struct Oracle {
     steered: BTreeMap<GroupId, Option<Generation>>,
     /// `cbpf`: slots moved and the master could not know yet.
     disturbed: BTreeSet<GroupId>,
+    /// `cbpf`: several moved between two looks; the core has said that it can only guess.
+    unsure: BTreeSet<GroupId>,
     /// Losses the core has owned up to.
     admitted: BTreeMap<ListenerId, u32>,
     /// Handshakes it gave up waiting for, in the latest receipts.
@@ -42,6 +44,7 @@ pub(crate) struct Tally {
     pub(crate) excused: u64,
     pub(crate) counted: u64,
     pub(crate) strays: u64,
+    pub(crate) unsure: u64,
 }
 
 impl Tally {
@@ -51,6 +54,7 @@ impl Tally {
         self.excused += other.excused;
         self.counted += other.counted;
         self.strays += other.strays;
+        self.unsure += other.unsure;
     }
 }
 
@@ -62,6 +66,7 @@ impl Oracle {
             clients: BTreeMap::new(),
             steered: BTreeMap::new(),
             disturbed: BTreeSet::new(),
+            unsure: BTreeSet::new(),
             admitted: BTreeMap::new(),
             tally: Tally::default(),
             deadline_handled: false,
@@ -86,16 +91,28 @@ impl Oracle {
         now: u64,
         plans: &mut BTreeMap<Generation, Plan>,
         latest: Option<&Plan>,
+        kernel: &Kernel,
+        workers: &Workers,
     ) {
         if let Report::Launching(generation, _) = report {
             let Some(plan) = latest else { panic!("{generation:?} is launched, but nobody asked") };
             plans.insert(*generation, plan.clone());
+        }
+        if let Report::SlotsUnsure(group) = report {
+            assert!(self.disturbed.contains(group), "{group:?}: unsure without a reason");
+            self.unsure.insert(*group);
+            self.tally.unsure += 1;
         }
         if let Report::LeftoversLost(listener, count) = report {
             *self.admitted.entry(*listener).or_default() += count;
         }
         if let Report::Switched(generation) = report {
             for group in &plans[generation].groups {
+                // Slots may have come to mean other listeners, so that no new program was needed.
+                self.steered(*group, kernel, workers);
+                if self.unsure.contains(group) {
+                    self.steered.insert(*group, Some(*generation));
+                }
                 let to = self.steered.get(group).copied().flatten();
                 let is_there = self.engine == Engine::None || to == Some(*generation);
                 assert!(is_there, "switched to {generation:?}, but {group:?} is steered to {to:?}");
@@ -113,6 +130,9 @@ impl Oracle {
 
     /// A program was put in force.
     pub(crate) fn steered(&mut self, group: GroupId, kernel: &Kernel, workers: &Workers) {
+        if self.unsure.contains(&group) {
+            return;
+        }
         self.disturbed.remove(&group);
         let named = kernel.named(group);
         let mut generations = BTreeSet::new();
@@ -165,7 +185,11 @@ impl Oracle {
             if !is_right {
                 self.tally.strays += 1;
                 let may = self.may_stray(group, listener, hashed, kernel, workers);
-                assert!(may, "connection {connection} to {group:?} strayed to {listener:?} of {:?}", socket.owner);
+                assert!(
+                    may,
+                    "connection {connection} to {group:?} strayed to {listener:?} of {:?}",
+                    socket.owner
+                );
                 excused = self.disturbed.contains(&group);
             }
         }
@@ -185,7 +209,9 @@ impl Oracle {
         if self.disturbed.contains(&group) {
             return true;
         }
-        let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else { return false };
+        let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
+            return false;
+        };
         let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
         let owner = kernel.sockets[&listener].owner.map(|owner| &workers[&owner]);
         hashed && slots <= 1 && owner.is_some_and(|worker| worker.runs)
@@ -206,13 +232,15 @@ impl Oracle {
         }
         // What a handshake may take after the switch is bounded, where the kernel does not move it.
         let age = Duration::from_nanos(now - client.since);
-        if loss.half_open && self.engine == Engine::Cbpf && age >= self.protocol.settle_min() {
+        let is_removed = !self.protocol.promises(socket.group);
+        if loss.half_open && (self.engine == Engine::Cbpf || is_removed) && age >= self.protocol.settle_min()
+        {
             self.tally.excused += 1;
             return;
         }
         let owner = socket.owner.map(|owner| &workers[&owner]);
         if self.engine == Engine::Cbpf
-            && owner.is_some_and(|worker| !worker.temper.handover && !worker.runs)
+            && owner.is_some_and(|worker| !worker.runs && (is_removed || !worker.temper.handover))
             && let Some(count) = self.admitted.get_mut(&loss.listener)
             && *count > 0
         {
@@ -241,7 +269,8 @@ impl Oracle {
             return;
         }
         let named = kernel.named(group);
-        let dead = |l: &ListenerId| kernel.sockets[l].owner.is_some_and(|owner| self.protocol.has_exited(owner));
+        let dead =
+            |l: &ListenerId| kernel.sockets[l].owner.is_some_and(|owner| self.protocol.has_exited(owner));
         let wanted = self.steered.get(&group).copied().flatten();
         let serves = kernel.sockets.values().any(|socket| {
             socket.group == group
@@ -265,7 +294,8 @@ impl Oracle {
                 worker.runs && Some(worker.generation) == active && self.protocol.is_ready(id)
             });
             assert!(!held || serves, "a handle of {listener:?} is left, of {owner:?}");
-            let per_group = self.engine == Engine::Ebpf && owner.is_some_and(|(worker, _)| !worker.temper.handover);
+            let per_group =
+                self.engine == Engine::Ebpf && owner.is_some_and(|(worker, _)| !worker.temper.handover);
             let count = anchors.entry(socket.group).or_default();
             *count += u32::from(held && per_group);
             assert!(*count <= 1, "several anchors in {:?}", socket.group);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 impl World {
     pub(crate) fn next_client(&mut self) {
-        let burst = if self.rng.permille(20) { self.rng.between(5, 30) } else { 1 };
+        let burst = if self.rng.permille(10) { self.rng.between(5, 30) } else { 1 };
         for _ in 0..burst {
             self.connect();
         }

@@ -3,8 +3,8 @@
 use crate::kernel::{Holder, Kernel, Stage};
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Receipt, Report, Seat,
-    Signal, StopMode, Ticket, Trigger, WorkerId,
+    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Reason, Receipt,
+    Report, Seat, Signal, StopMode, Ticket, Trigger, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -52,6 +52,8 @@ pub(crate) struct Protocol {
     pub(crate) exit: Option<u8>,
     pub(crate) outcomes: BTreeMap<&'static str, u32>,
     ended: BTreeSet<u32>,
+    /// The first generation failed, rather than having been stopped.
+    first_failed: bool,
 }
 
 impl Protocol {
@@ -71,6 +73,7 @@ impl Protocol {
             exit: None,
             outcomes: BTreeMap::new(),
             ended: BTreeSet::new(),
+            first_failed: false,
         }
     }
 
@@ -93,7 +96,9 @@ impl Protocol {
     }
 
     pub(crate) fn is_serving(&self, worker: WorkerId) -> bool {
-        self.lives.get(&worker).is_some_and(|life| life.ready && life.exited.is_none() && life.stopped.is_none())
+        self.lives
+            .get(&worker)
+            .is_some_and(|life| life.ready && life.exited.is_none() && life.stopped.is_none())
     }
 
     pub(crate) fn has_exited(&self, worker: WorkerId) -> bool {
@@ -167,9 +172,14 @@ impl Protocol {
             }
             Command::Listen { listener } => {
                 let socket = &kernel.sockets[listener];
-                assert!(holds(kernel, *listener) && socket.stage == Stage::Bound, "{command:?} of {socket:?}");
+                assert!(
+                    holds(kernel, *listener) && socket.stage == Stage::Bound,
+                    "{command:?} of {socket:?}"
+                );
             }
-            Command::Admit { listener, .. } => assert!(holds(kernel, *listener), "{command:?} without a handle"),
+            Command::Admit { listener, .. } => {
+                assert!(holds(kernel, *listener), "{command:?} without a handle")
+            }
             Command::Release { listener, shutdown } => self.release(*listener, *shutdown, kernel),
             Command::Steer { ranges, .. } => {
                 assert_eq!(self.engine, Engine::Ebpf);
@@ -203,12 +213,18 @@ impl Protocol {
         assert!(self.stop.is_none(), "{worker:?} is spawned although the service ends");
         assert!(seat.0 < self.plans[&generation].workers, "{seat:?} of {generation:?} does not exist");
         let wanted = self.active == Some(generation) || self.launching == Some(generation);
-        assert!(wanted && !self.failed.contains(&generation), "{generation:?} is spawned although it is over");
+        assert!(
+            wanted && !self.failed.contains(&generation),
+            "{generation:?} is spawned although it is over"
+        );
         let lives = |life: &Life| life.exited.is_none() && life.answered != Some(false);
         let twin = self.lives.values().find(|l| l.generation == generation && l.seat == seat && lives(l));
         assert!(twin.is_none(), "{seat:?} of {generation:?} is taken by {twin:?}");
         if let Some(respawns) = self.respawns.get(&(generation, seat)) {
-            assert!(now >= respawns.after, "{seat:?} of {generation:?} was respawned before its pause was over");
+            assert!(
+                now >= respawns.after,
+                "{seat:?} of {generation:?} was respawned before its pause was over"
+            );
         }
         let life = Life {
             generation,
@@ -260,7 +276,9 @@ impl Protocol {
                 assert!(self.may_end(&life), "{worker:?} serves and was told to stop: {life:?}");
                 self.life(worker).stopped.get_or_insert(now);
             }
-            Order::Take(listener) => assert!(holds(kernel, listener), "leftovers without a handle: {listener:?}"),
+            Order::Take(listener) => {
+                assert!(holds(kernel, listener), "leftovers without a handle: {listener:?}")
+            }
         }
     }
 
@@ -293,16 +311,12 @@ impl Protocol {
     }
 
     fn exits(&mut self, code: u8) {
-        let left: Vec<_> = self.lives.iter().filter(|(_, l)| l.answered != Some(false) && !l.reaped).collect();
+        let left: Vec<_> =
+            self.lives.iter().filter(|(_, l)| l.answered != Some(false) && !l.reaped).collect();
         assert!(left.is_empty(), "the master ended before {left:?}");
         assert!(self.open_tickets.is_empty(), "never answered: {:?}", self.open_tickets);
-        assert_eq!(code, u8::from(self.active.is_none() && self.launching_failed()), "exit code");
+        assert_eq!(code, u8::from(self.first_failed), "exit code");
         self.exit = Some(code);
-    }
-
-    /// The first generation failed, rather than having been stopped.
-    fn launching_failed(&self) -> bool {
-        !self.failed.is_empty() && self.stop.is_none()
     }
 
     pub(crate) fn report(&mut self, report: &Report, now: u64, plans: &BTreeMap<Generation, Plan>) {
@@ -353,6 +367,7 @@ impl Protocol {
             }
         }
         let first = receipt.trigger == Trigger::Start;
+        self.first_failed |= first && receipt.reason.is_some_and(|reason| reason != Reason::Stopped);
         assert_eq!(first, receipt.from.is_none(), "from nowhere: {receipt:?}");
     }
 
@@ -369,7 +384,8 @@ impl Protocol {
             Some(before) => (before * 2).min(plan.backoff_max),
         };
         assert!(pause >= least, "{seat:?} of {generation:?} pauses {pause:?}, not {least:?}");
-        *respawns = Respawns { pause: Some(pause), after: now + u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX) };
+        *respawns =
+            Respawns { pause: Some(pause), after: now + u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX) };
     }
 }
 

@@ -5,7 +5,8 @@ use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::workers::{Act, Temper, Worker};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time, WorkerId,
+    Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time,
+    WorkerId,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -140,7 +141,9 @@ impl World {
     }
 
     fn happen(&mut self, happening: Happening) {
-        if self.now < self.stalled && matches!(happening, Happening::Deliver(_) | Happening::Ended(..) | Happening::Operator) {
+        if self.now < self.stalled
+            && matches!(happening, Happening::Deliver(_) | Happening::Ended(..) | Happening::Operator)
+        {
             self.at(self.stalled, happening);
             return;
         }
@@ -273,7 +276,10 @@ impl World {
             | Command::Owns { .. }
             | Command::Release { .. }
             | Command::Observe { .. } => self.perform_on_sockets(command),
-            Command::Report(report) => self.oracle.report(&report, self.now, &mut self.plans, self.plan.as_ref()),
+            Command::Report(report) => {
+                let latest = self.plan.as_ref();
+                self.oracle.report(&report, self.now, &mut self.plans, latest, &self.kernel, &self.workers);
+            }
             Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
         }
     }

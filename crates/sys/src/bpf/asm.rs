@@ -110,6 +110,7 @@ const CLASS_ST_MEM: u8 = 0x62;
 const CLASS_JMP: u8 = 0x05;
 const CLASS_ALU64: u8 = 0x07;
 const SOURCE_REG: u8 = 0x08;
+const CALL: u8 = 0x85;
 
 /// Collects instructions and labels. Every method appends one instruction (map loads append two).
 #[derive(Debug, Default)]
@@ -177,7 +178,14 @@ impl Assembler {
 
     /// Calls a kernel helper by number.
     pub fn call(&mut self, helper: i32) {
-        self.push(0x85, Reg::R0, Reg::R0, 0, helper);
+        self.push(CALL, Reg::R0, Reg::R0, 0, helper);
+    }
+
+    /// Calls the function at `label`: arguments in R1 to R5, result in R0, R6 to R9 are kept.
+    pub fn call_function(&mut self, label: &'static str) {
+        self.jumps.push((self.insns.len(), label));
+        // Source register 1 (BPF_PSEUDO_CALL): a function of this program and not a helper.
+        self.push(CALL, Reg::R0, Reg::R1, 0, 0);
     }
 
     /// Jumps to `label`.
@@ -214,7 +222,11 @@ impl Assembler {
         for (at, name) in self.jumps {
             let target = *self.labels.get(name).ok_or(AsmError::UnknownLabel(name))?;
             let distance = i64::try_from(target).unwrap_or(i64::MAX) - i64::try_from(at).unwrap_or(0) - 1;
-            self.insns[at].off = i16::try_from(distance).map_err(|_| AsmError::TooFar(name))?;
+            let distance = i16::try_from(distance).map_err(|_| AsmError::TooFar(name))?;
+            match &mut self.insns[at] {
+                call if call.code == CALL => call.imm = distance.into(),
+                jump => jump.off = distance,
+            }
         }
         Ok(self.insns)
     }

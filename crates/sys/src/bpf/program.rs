@@ -7,11 +7,11 @@
 //!     if (!ctx->migrating_sk && probes[control[PROBE]] matches the SYN's source
 //!         && select(ctx, sockets, probe->key) == 0)
 //!         return SK_PASS;
-//!     plan = plans[control[PLAN]];
-//!     if (plan->ranges == 0)                       // stopping: new ones are refused, begun ones may move
+//!     ranges = &plans[control[PLAN] * RANGES];     // the last one's weight is beyond any random u32
+//!     first = the first range with random < range->weight;
+//!     if (none)                                    // stopping: new ones are refused, begun ones may move
 //!         return ctx->migrating_sk ? SK_PASS : SK_DROP;
-//!     first = weighted random range;
-//!     for (range in first, then all others in order)
+//!     for (range in first, then all in order)
 //!         for (key in range, starting at hash % count, wrapping around)
 //!             if (select(ctx, sockets, key) == 0) { count(range->counter); return SK_PASS; }
 //!     count(unsteered);
@@ -19,17 +19,20 @@
 //! }
 //! ```
 //!
-//! The verifier walks every iteration, so the loop is written to cost it little: no state is carried from one
-//! range to the next, and within a range only the number of keys tried is known to it.
+//! There is no jump backwards: with CAP_BPF alone (no CAP_PERFMON) the verifier also follows branches the processor
+//! might only guess, on which a loop's counter is unknown and the loop looks endless. Instead a function that tries
+//! one key is called by one that tries 8, called by one that tries 64, called by one that tries a range. For the same
+//! reason ranges are map entries and not fields of a larger record: a computed offset would be refused.
 
 use super::asm::{AsmError, Assembler, Cond, Insn, Op, Reg, Size};
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 use Size::{Double, Half, Word};
 
-/// Keys a range may have: the bound that lets the verifier follow the loop to its end.
-pub const RANGE_KEYS_MAX: i32 = 1024;
-/// Ranges in a plan record. A power of two, because indices are masked.
+/// Keys a range may have: 16 x 8 x 8.
+pub const RANGE_KEYS_MAX: u32 = 1024;
+/// Entries of the plans map that make one plan record; unused ones are zero.
 pub const RANGES: usize = 4;
+const RANGES_I32: i32 = 4;
 /// Entry of the control map that names the plan record in force.
 pub const CONTROL_PLAN: u32 = 0;
 /// Entry of the control map that names the probe record in force; 0 is none.
@@ -37,26 +40,17 @@ pub const CONTROL_PROBE: u32 = 1;
 /// Counter record for the group as a whole: first word refused, second word unsteered.
 pub const COUNTER_GROUP: u32 = 64;
 
-/// Bytes of a plan record: number of ranges, one zero word, then per range weight, base, count, counter.
-pub const PLAN_BYTES: usize = 8 + RANGES * RANGE_BYTES;
-/// Bytes of one range in a plan record.
-pub const RANGE_BYTES: usize = 16;
+/// Bytes of one range: weight (u64), base, count, counter, padding.
+pub const RANGE_BYTES: usize = 24;
 /// Bytes of a probe record: protocol, port, address (16), key, padding.
 pub const PROBE_BYTES: usize = 32;
 /// Bytes of a counter record: two u64.
 pub const COUNTER_BYTES: usize = 16;
 
-const RANGES_I32: i32 = 4;
-const RANGE_STRIDE: i16 = 16;
-const RANGE_SHIFT: i32 = 4;
-
-const PLAN_RANGE_COUNT: i16 = 0;
-const PLAN_ZERO: i16 = 4;
-const PLAN_RANGES: i16 = 8;
-const RANGE_WEIGHT: i16 = PLAN_RANGES;
-const RANGE_BASE: i16 = PLAN_RANGES + 4;
-const RANGE_COUNT: i16 = PLAN_RANGES + 8;
-const RANGE_COUNTER: i16 = PLAN_RANGES + 12;
+const RANGE_WEIGHT: i16 = 0;
+const RANGE_BASE: i16 = 8;
+const RANGE_COUNT: i16 = 12;
+const RANGE_COUNTER: i16 = 16;
 
 const PROBE_PROTOCOL: i16 = 0;
 const PROBE_PORT: i16 = 4;
@@ -83,7 +77,8 @@ const KEY: i16 = -4;
 const BASE: i16 = -8;
 const COUNT: i16 = -12;
 const COUNTER: i16 = -16;
-const FIRST: i16 = -20;
+const TRIED: i16 = -20;
+const EXHAUSTED: i16 = -24;
 const ADDRESS: i16 = -40;
 
 /// The program's maps, as descriptors of this process.
@@ -91,7 +86,7 @@ const ADDRESS: i16 = -40;
 pub struct Maps {
     /// REUSEPORT_SOCKARRAY of admitted listeners.
     pub sockets: i32,
-    /// ARRAY of plan records.
+    /// ARRAY of ranges, [`RANGES`] to a plan record.
     pub plans: i32,
     /// ARRAY of u32: which records are in force.
     pub control: i32,
@@ -116,8 +111,10 @@ pub fn build(maps: &Maps) -> Result<Vec<Insn>, AsmError> {
     asm.alu(Op::Mov, R6, R1);
     probe(&mut asm, maps);
     choose_range(&mut asm, maps);
-    try_keys(&mut asm, maps);
+    try_ranges(&mut asm, maps);
     ends(&mut asm, maps);
+    range_function(&mut asm);
+    key_functions(&mut asm, maps);
     asm.finish()
 }
 
@@ -130,12 +127,12 @@ fn lookup(asm: &mut Assembler, map: i32, missing: &'static str) {
     asm.jump_if_imm(Cond::Eq, R0, 0, missing);
 }
 
-/// R0 = result of selecting the socket under the key on the stack.
-fn select(asm: &mut Assembler, maps: &Maps) {
+/// R0 = result of selecting the socket under the key in the frame.
+fn select(asm: &mut Assembler, maps: &Maps, frame: Reg) {
+    asm.alu(Op::Mov, R3, frame);
+    asm.alu_imm(Op::Add, R3, i32::from(KEY));
     asm.alu(Op::Mov, R1, R6);
     asm.load_map(R2, maps.sockets);
-    asm.alu(Op::Mov, R3, R10);
-    asm.alu_imm(Op::Add, R3, i32::from(KEY));
     asm.alu_imm(Op::Mov, R4, 0);
     asm.call(HELPER_SELECT);
 }
@@ -188,91 +185,115 @@ fn probe(asm: &mut Assembler, maps: &Maps) {
     }
     asm.load(Word, R1, R8, PROBE_KEY);
     asm.store(Word, R10, KEY, R1);
-    select(asm, maps);
+    select(asm, maps, R10);
     // A probed worker that has gone is no reason to lose the client.
     asm.jump_if_imm(Cond::Ne, R0, 0, "plan");
     asm.alu_imm(Op::Mov, R0, SK_PASS);
     asm.exit();
 }
 
-/// R7 = plan record in force, R1 = index of the range chosen by weight.
+/// R8 = key of the plan's first range, R0 = record of the range chosen by weight.
 fn choose_range(asm: &mut Assembler, maps: &Maps) {
     asm.label("plan");
     asm.store_imm(Word, R10, KEY, CONTROL_PLAN.cast_signed());
     lookup(asm, maps.control, "unsteered");
-    asm.load(Word, R1, R0, 0);
+    asm.load(Word, R8, R0, 0);
+    asm.alu_imm(Op::Shl, R8, RANGES.ilog2().cast_signed());
+    asm.call(HELPER_RANDOM);
+    asm.alu(Op::Mov, R7, R0);
+    for index in 0..RANGES_I32 {
+        lookup_range(asm, maps, index);
+        asm.load(Double, R1, R0, RANGE_WEIGHT);
+        asm.jump_if(Cond::Lt, R7, R1, "chosen");
+    }
+    asm.jump("closed");
+    asm.label("chosen");
+}
+
+/// R0 = record of the plan's range `index`.
+fn lookup_range(asm: &mut Assembler, maps: &Maps, index: i32) {
+    asm.alu(Op::Mov, R1, R8);
+    asm.alu_imm(Op::Add, R1, index);
     asm.store(Word, R10, KEY, R1);
     lookup(asm, maps.plans, "unsteered");
-    asm.alu(Op::Mov, R7, R0);
-    asm.load(Word, R8, R7, PLAN_RANGE_COUNT);
-    asm.jump_if_imm(Cond::Eq, R8, 0, "closed");
-    asm.alu_imm(Op::Mov, R9, 0);
-    asm.jump_if_imm(Cond::Lt, R8, 2, "chosen");
-    asm.call(HELPER_RANDOM);
-    let mut weight = RANGE_WEIGHT;
-    for index in 1..RANGES_I32 {
-        asm.load(Word, R1, R7, weight);
-        asm.jump_if(Cond::Lt, R0, R1, "chosen");
-        asm.alu_imm(Op::Mov, R9, index);
-        asm.jump_if_imm(Cond::Lt, R8, index + 2, "chosen");
-        weight += RANGE_STRIDE;
-    }
-    asm.label("chosen");
-    // Adding a zero the verifier cannot see through makes the index unknown: one state, not four.
-    asm.load(Word, R1, R7, PLAN_ZERO);
-    asm.alu(Op::Add, R1, R9);
-    asm.alu_imm(Op::And, R1, RANGES_I32 - 1);
 }
 
-/// Tries keys until one holds a listener: the range in R1 first, then the others in order.
-///
-/// R8 = index of the next range, R9 = keys tried of the present one: both in registers, where every verifier
-/// follows their values. Each branch has the way out fall through, because that is followed first.
-fn try_keys(asm: &mut Assembler, maps: &Maps) {
-    asm.store(Word, R10, FIRST, R1);
-    asm.alu_imm(Op::Mov, R8, 0);
-    enter_range(asm);
-
-    asm.label("loop");
-    asm.jump_if_imm(Cond::Eq, R9, RANGE_KEYS_MAX, "next range");
-    asm.load(Word, R1, R10, COUNT);
-    asm.jump_if(Cond::Lt, R9, R1, "try");
-
-    asm.label("next range");
-    asm.jump_if_imm(Cond::Eq, R8, RANGES_I32, "unsteered");
-    asm.load(Word, R1, R7, PLAN_RANGE_COUNT);
-    asm.jump_if(Cond::Lt, R8, R1, "other");
+/// The chosen range (its record in R0) is tried first, then all in order, and the first listener found is it.
+fn try_ranges(asm: &mut Assembler, maps: &Maps) {
+    try_range(asm);
+    for index in 0..RANGES_I32 {
+        lookup_range(asm, maps, index);
+        try_range(asm);
+    }
     asm.jump("unsteered");
-    asm.label("other");
-    asm.alu(Op::Mov, R1, R8);
-    asm.alu_imm(Op::Add, R8, 1);
-    asm.load(Word, R2, R10, FIRST);
-    asm.jump_if(Cond::Eq, R1, R2, "next range");
-    asm.jump("enter");
-
-    asm.label("try");
-    asm.load(Word, R2, R6, CTX_HASH);
-    asm.alu(Op::Add, R2, R9);
-    asm.alu(Op::Mod, R2, R1);
-    asm.load(Word, R1, R10, BASE);
-    asm.alu(Op::Add, R2, R1);
-    asm.store(Word, R10, KEY, R2);
-    asm.alu_imm(Op::Add, R9, 1);
-    select(asm, maps);
-    asm.jump_if_imm(Cond::Ne, R0, 0, "loop");
-    asm.jump("found");
 }
 
-/// Makes the range with index R1 the one whose keys are tried.
-fn enter_range(asm: &mut Assembler) {
-    asm.label("enter");
-    asm.alu_imm(Op::Shl, R1, RANGE_SHIFT);
-    asm.alu(Op::Add, R1, R7);
+fn try_range(asm: &mut Assembler) {
+    asm.alu(Op::Mov, R1, R6);
+    asm.alu(Op::Mov, R2, R10);
+    asm.alu(Op::Mov, R3, R0);
+    asm.call_function("range");
+    asm.jump_if_imm(Cond::Eq, R0, 0, "found");
+}
+
+/// `range(ctx, frame, record)`: 0 when a listener was selected.
+fn range_function(asm: &mut Assembler) {
+    asm.label("range");
     for (field, slot) in [(RANGE_BASE, BASE), (RANGE_COUNT, COUNT), (RANGE_COUNTER, COUNTER)] {
-        asm.load(Word, R2, R1, field);
-        asm.store(Word, R10, slot, R2);
+        asm.load(Word, R4, R3, field);
+        asm.store(Word, R2, slot, R4);
     }
-    asm.alu_imm(Op::Mov, R9, 0);
+    asm.store_imm(Word, R2, TRIED, 0);
+    asm.store_imm(Word, R2, EXHAUSTED, 0);
+    repeat(asm, 16, "64 keys", "range ends");
+    asm.exit();
+    asm.label("range ends");
+    asm.load(Word, R0, R7, EXHAUSTED);
+    asm.exit();
+}
+
+/// Calls `function(ctx, frame)` so many times, or until it returns 0 and the way leads to `end`.
+fn repeat(asm: &mut Assembler, times: usize, function: &'static str, end: &'static str) {
+    asm.alu(Op::Mov, R6, R1);
+    asm.alu(Op::Mov, R7, R2);
+    for _ in 0..times {
+        asm.alu(Op::Mov, R1, R6);
+        asm.alu(Op::Mov, R2, R7);
+        asm.call_function(function);
+        asm.jump_if_imm(Cond::Eq, R0, 0, end);
+    }
+}
+
+/// `64 keys`, `8 keys` and `1 key`, all `(ctx, frame)`: 0 when a listener was selected or the range is exhausted.
+fn key_functions(asm: &mut Assembler, maps: &Maps) {
+    asm.label("64 keys");
+    repeat(asm, 8, "8 keys", "64 keys end");
+    asm.label("64 keys end");
+    asm.exit();
+    asm.label("8 keys");
+    repeat(asm, 8, "1 key", "8 keys end");
+    asm.label("8 keys end");
+    asm.exit();
+
+    asm.label("1 key");
+    asm.alu(Op::Mov, R6, R1);
+    asm.load(Word, R1, R2, TRIED);
+    asm.load(Word, R3, R2, COUNT);
+    asm.jump_if(Cond::Lt, R1, R3, "try");
+    asm.store_imm(Word, R2, EXHAUSTED, 1);
+    asm.alu_imm(Op::Mov, R0, 0);
+    asm.exit();
+    asm.label("try");
+    asm.load(Word, R4, R6, CTX_HASH);
+    asm.alu(Op::Add, R4, R1);
+    asm.alu(Op::Mod, R4, R3);
+    asm.alu_imm(Op::Add, R1, 1);
+    asm.store(Word, R2, TRIED, R1);
+    asm.load(Word, R1, R2, BASE);
+    asm.alu(Op::Add, R4, R1);
+    asm.store(Word, R2, KEY, R4);
+    select(asm, maps, R2);
+    asm.exit();
 }
 
 /// The ends of the program. R9 is the verdict from here on.

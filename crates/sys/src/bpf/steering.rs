@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use super::program::{
-    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_GROUP, Maps, PLAN_BYTES, PROBE_BYTES,
+    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_GROUP, Maps, PROBE_BYTES, RANGE_BYTES,
     RANGE_KEYS_MAX,
 };
 use super::raw::{self, BpfError, MapType};
@@ -17,9 +17,11 @@ pub const COUNTER_SLOTS: u32 = COUNTER_GROUP;
 /// Ranges a plan may have.
 pub const RANGES_MAX: usize = program::RANGES;
 /// Keys a range may have.
-pub const RANGE_KEYS: u32 = RANGE_KEYS_MAX.cast_unsigned();
+pub const RANGE_KEYS: u32 = RANGE_KEYS_MAX;
 /// Keys of a group unless told otherwise.
 pub const CAPACITY_DEFAULT: u32 = 8192;
+/// Entries of the plans map per record.
+const RANGES: u32 = 4;
 /// Probe records are 1 and 2: one in force, one to be written.
 const PROBE_RECORDS: u32 = 3;
 
@@ -90,7 +92,7 @@ impl EbpfGroup {
     /// Without CAP_BPF, or when the kernel's verifier refuses the program (its log is in the error).
     pub fn new(capacity: u32) -> Result<EbpfGroup, BpfError> {
         let sockets = raw::create_map(MapType::ReuseportSockarray, "rupd_sockets", 8, capacity)?;
-        let plans = raw::create_map(MapType::Array, "rupd_plans", bytes(PLAN_BYTES), PLAN_RECORDS)?;
+        let plans = raw::create_map(MapType::Array, "rupd_plans", bytes(RANGE_BYTES), PLAN_RECORDS * RANGES)?;
         let control = raw::create_map(MapType::Array, "rupd_control", 4, 2)?;
         let counters =
             raw::create_map(MapType::Array, "rupd_counters", bytes(COUNTER_BYTES), COUNTER_SLOTS + 1)?;
@@ -179,8 +181,10 @@ impl EbpfGroup {
                 "plan record {index} is in force and must not be written; write another and select it"
             )));
         }
-        let record = encode_plan(plan)?;
-        raw::update(self.plans.as_fd(), index, &record).map_err(entry("plans", "write", index))
+        for (key, record) in (index * RANGES..).zip(encode_plan(plan)?) {
+            raw::update(self.plans.as_fd(), key, &record).map_err(entry("plans", "write", key))?;
+        }
+        Ok(())
     }
 
     /// Puts a plan record in force with one aligned 32-bit write: the switch.
@@ -271,10 +275,10 @@ fn entry(map: &'static str, action: &'static str, key: u32) -> impl FnOnce(std::
     move |source| BpfError::Entry { map, action, key, source }
 }
 
-pub(super) fn encode_plan(plan: &Plan) -> Result<[u8; PLAN_BYTES], BpfError> {
-    let ranges = u32::try_from(plan.ranges.len()).unwrap_or(u32::MAX);
-    if plan.ranges.len() > RANGES_MAX {
-        return Err(BpfError::Invalid(format!("a plan has at most {RANGES_MAX} ranges, not {ranges}")));
+pub(super) fn encode_plan(plan: &Plan) -> Result<[[u8; RANGE_BYTES]; RANGES_MAX], BpfError> {
+    let number = plan.ranges.len();
+    if number > RANGES_MAX {
+        return Err(BpfError::Invalid(format!("a plan has at most {RANGES_MAX} ranges, not {number}")));
     }
     if let Some(range) = plan.ranges.iter().find(|range| range.count > RANGE_KEYS) {
         return Err(BpfError::Invalid(format!("a range has at most {RANGE_KEYS} keys, not {}", range.count)));
@@ -286,10 +290,14 @@ pub(super) fn encode_plan(plan: &Plan) -> Result<[u8; PLAN_BYTES], BpfError> {
             COUNTER_SLOTS - 1
         )));
     }
-    let words = [ranges, 0].into_iter().chain(
-        plan.ranges.iter().flat_map(|range| [range.weight_below, range.base, range.count, range.counter]),
-    );
-    Ok(encode(words))
+    let mut records = [[0; RANGE_BYTES]; RANGES_MAX];
+    for ((index, range), record) in plan.ranges.iter().enumerate().zip(&mut records) {
+        // The last one catches all: its weight is beyond any random u32.
+        let weight = if index + 1 == number { 1 << 32 } else { u64::from(range.weight_below) };
+        record[..8].copy_from_slice(&weight.to_ne_bytes());
+        record[8..].copy_from_slice(&encode::<16>([range.base, range.count, range.counter].into_iter()));
+    }
+    Ok(records)
 }
 
 pub(super) fn encode_probe(probe: &Probe) -> [u8; PROBE_BYTES] {

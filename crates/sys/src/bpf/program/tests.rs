@@ -105,7 +105,8 @@ fn instructions() -> Vec<u8> {
 /// A world with one plan in force and listeners under these keys.
 fn world(plan: &Plan, listeners: impl IntoIterator<Item = u32>) {
     let mut records: [Vec<Vec<u8>>; 6] = Default::default();
-    records[2] = vec![vec![0xee; PLAN_BYTES], encode_plan(plan).unwrap().to_vec()];
+    records[2] = vec![vec![0xee; RANGE_BYTES]; RANGES];
+    records[2].extend(encode_plan(plan).unwrap().map(|range| range.to_vec()));
     records[3] = vec![1_u32.to_ne_bytes().to_vec(), vec![0; 4]];
     records[4] = vec![vec![0; COUNTER_BYTES]; 65];
     records[5] = vec![vec![0; PROBE_BYTES]; 3];
@@ -160,9 +161,8 @@ fn model(plan: &Plan, listeners: &BTreeSet<u32>, hash: u32, random: u32, is_migr
     }
     let last = plan.ranges.len() - 1;
     let first = plan.ranges[..last].iter().position(|range| random < range.weight_below).unwrap_or(last);
-    let others = (0..=last).filter(|&index| index != first);
     let mut tried = Vec::new();
-    for range in std::iter::once(first).chain(others).map(|index| plan.ranges[index]) {
+    for range in std::iter::once(first).chain(0..=last).map(|index| plan.ranges[index]) {
         for key in (0..range.count).map(|n| range.base + (hash % range.count + n) % range.count) {
             tried.push(key);
             if listeners.contains(&key) {
