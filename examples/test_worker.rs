@@ -133,9 +133,7 @@ fn speak_the_protocol(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.fail == Some(Fail::ExitAfterListen) {
         process::exit(options.code);
     }
-    thread::scope(|connections| {
-        serving.accept_each(|_, stream| serve(options, stream, connections))
-    })?;
+    thread::scope(|connections| serving.accept_each(|_, stream| serve(options, stream, connections)))?;
     Ok(())
 }
 

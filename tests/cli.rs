@@ -30,9 +30,15 @@ fn status_tells_what_runs() {
         assert!(generation.executable.pinned && generation.executable.inode > 0);
         assert_eq!(generation.connections, Some(0));
         for (seat, worker) in generation.workers.iter().enumerate() {
-            assert_eq!((worker.seat as usize, worker.state, worker.restarts), (seat, WorkerState::Serving, 0));
+            assert_eq!(
+                (worker.seat as usize, worker.state, worker.restarts),
+                (seat, WorkerState::Serving, 0)
+            );
             assert_eq!(worker.listeners.len(), 1);
-            assert_eq!((worker.listeners[0].accept_queue, worker.listeners[0].backlog), (Some(0), Some(4096)));
+            assert_eq!(
+                (worker.listeners[0].accept_queue, worker.listeners[0].backlog),
+                (Some(0), Some(4096))
+            );
         }
         let [listener] = &status.listeners[..] else { panic!("{status:#?}") };
         assert_eq!((listener.engine, listener.strangers), (Engine::Cbpf, Some(0)));
@@ -155,7 +161,10 @@ fn other_users_may_not_speak_to_the_master() {
         let master = Master::start(world, &app);
         let refused = ask(1234);
         assert_eq!(refused.code, 1, "{refused:#?}");
-        assert!(refused.stderr.to_lowercase().contains("permission") || refused.stderr.contains("allow"), "{refused:#?}");
+        assert!(
+            refused.stderr.to_lowercase().contains("permission") || refused.stderr.contains("allow"),
+            "{refused:#?}"
+        );
         master.stop();
 
         // Reachable for all, so that the credentials decide.

@@ -63,7 +63,11 @@ fn kills_cost_what_the_killed_held(engine: &'static str, mode: &str) {
         let waited = kill_the_fullest(&master, &load, kills);
         let report = load.end();
         assert!(waited >= 10 * kills, "queues were short: {waited}");
-        assert!(report.lost() <= u64::from(kills), "{kills} kills, {waited} waited: {report}\n{}", master.log());
+        assert!(
+            report.lost() <= u64::from(kills),
+            "{kills} kills, {waited} waited: {report}\n{}",
+            master.log()
+        );
         let status = master.wait_status("steady", |status| status.state == MasterState::Steady);
         let restarts: u32 = status.generations[0].workers.iter().map(|worker| worker.restarts).sum();
         assert_eq!(restarts, kills, "{status:#?}");
@@ -174,7 +178,8 @@ pub(crate) fn master_killed(world: &World, mode: &str, engine: &'static str) -> 
     master.kill();
     load.answered(600);
     let report = load.end();
-    let left: Vec<u32> = crate::support::process::processes_of(&world.app).iter().map(|one| one.pid).collect();
+    let left: Vec<u32> =
+        crate::support::process::processes_of(&world.app).iter().map(|one| one.pid).collect();
     assert_eq!(left.len(), workers.len(), "a worker went with the master: {workers:?} {left:?}");
     report.lost()
 }

@@ -46,7 +46,9 @@ fn deferring(world: &World, mode: &str, engine: &'static str) -> App {
 
 /// Stops the old workers at once, as if begun handshakes did not exist.
 fn naive(app: App) -> App {
-    app.upgrade("stop_when = \"drained\"").upgrade("settle_timeout = \"1ms\"").upgrade("drain_timeout = \"1s\"")
+    app.upgrade("stop_when = \"drained\"")
+        .upgrade("settle_timeout = \"1ms\"")
+        .upgrade("drain_timeout = \"1s\"")
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn reporting(world: &World, options: &str) -> App {
 /// A master that has inherited all the untidiness there is.
 fn untidy(world: &World) -> Command {
     let mut command = Command::new("sh");
-    let tidy_not = "exec 9</dev/null 10</dev/null; trap '' USR1 INT PIPE; umask 077; exec \"$0\" \"$@\"";
+    let tidy_not = "exec 8</dev/null 9</dev/null; trap '' USR1 INT PIPE; umask 077; exec \"$0\" \"$@\"";
     command.args(["-c", tidy_not, REUSEPORTD]).current_dir(world.path(""));
     for (name, value) in [
         ("REUSEPORTD_CHANNEL", "77"),
@@ -56,11 +56,14 @@ fn surroundings_are_clean() {
         let mut master = Master::launch(world, &app, untidy(world));
         master.wait_ready();
         let fds = world.read("fds");
-        let numbers: Vec<&str> = fds.lines().filter_map(|line| line.split(" -> ").next()?.rsplit(' ').next()).collect();
+        let numbers: Vec<&str> =
+            fds.lines().filter_map(|line| line.split(" -> ").next()?.rsplit(' ').next()).collect();
         // 255 or 10: the shell's own script.
-        let script = fds.lines().find(|line| line.ends_with("report.sh")).and_then(|line| line.split(" -> ").next());
+        let script =
+            fds.lines().find(|line| line.ends_with("report.sh")).and_then(|line| line.split(" -> ").next());
         let script = script.and_then(|line| line.rsplit(' ').next());
-        let mut foreign = numbers.iter().filter(|number| Some(**number) != script && number.parse::<u32>().is_ok());
+        let mut foreign =
+            numbers.iter().filter(|number| Some(**number) != script && number.parse::<u32>().is_ok());
         assert!(foreign.clone().count() == 4 && foreign.all(|number| "0 1 2 3".contains(number)), "{fds}");
 
         let status = world.read("status");
@@ -81,7 +84,9 @@ fn surroundings_are_clean() {
         assert_eq!(variable("REUSEPORTD_LISTEN"), Some(&*format!("default=tcp:{}", world.address)));
         assert_eq!(variable("REUSEPORTD_CHANNEL"), Some("3"));
         assert_eq!(variable("KEPT"), Some("as it was"));
-        assert!(variable("NOTIFY_SOCKET").is_some_and(|path| path != master.manager.path().to_str().unwrap()));
+        assert!(
+            variable("NOTIFY_SOCKET").is_some_and(|path| path != master.manager.path().to_str().unwrap())
+        );
         for leaked in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"] {
             assert_eq!(variable(leaked), None, "{leaked} leaks");
         }
@@ -93,7 +98,8 @@ fn surroundings_are_clean() {
 fn surroundings_are_as_configured() {
     world(&[], |world| {
         fs::write(world.path("env"), "# a comment\nFROM_FILE=file\nBOTH='file'\n").unwrap();
-        let placeholders = "--mode plain --print {generation}/{seat}/{address.default}/{host.default}/{port.default}";
+        let placeholders =
+            "--mode plain --print {generation}/{seat}/{address.default}/{host.default}/{port.default}";
         let app = reporting(world, placeholders)
             .app("environment = { FROM_CONFIG = \"config\", BOTH = \"config\" }")
             .app(format!("environment_file = {:?}", world.path("env")))
@@ -111,7 +117,8 @@ fn surroundings_are_as_configured() {
         assert_eq!(world.read("umask").trim(), "0027");
         assert_eq!(field(&world.read("status"), "NoNewPrivs:"), "0");
         let limits = world.read("limits");
-        let limit = |name: &str| field(&limits, name).split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+        let limit =
+            |name: &str| field(&limits, name).split_whitespace().take(2).collect::<Vec<_>>().join(" ");
         assert_eq!((limit("Max open files"), limit("Max core file size")), ("777 777".into(), "0 0".into()));
         let arguments = world.read("arguments");
         let address = world.address;

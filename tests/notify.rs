@@ -28,10 +28,16 @@ fn the_service_manager_hears_everything() {
         let reloading = reloading.expect("seen by hup()");
         let since = reloading.lines().find_map(|line| line.strip_prefix("MONOTONIC_USEC="));
         let since: u64 = since.unwrap_or_else(|| panic!("not in one datagram: {told:#?}")).parse().unwrap();
-        assert!((before..=monotonic_us()).contains(&since), "{since} is not the time of the reload, after {before}");
+        assert!(
+            (before..=monotonic_us()).contains(&since),
+            "{since} is not the time of the reload, after {before}"
+        );
         assert!(told.iter().any(|datagram| datagram.contains("EXTEND_TIMEOUT_USEC=")), "{told:#?}");
         for word in ["generation 2", "retiring"] {
-            assert!(told.iter().any(|one| one.contains("STATUS=") && one.contains(word)), "{word:?} in {told:#?}");
+            assert!(
+                told.iter().any(|one| one.contains("STATUS=") && one.contains(word)),
+                "{word:?} in {told:#?}"
+            );
         }
         let mark = master.manager.mark();
         master.signal(Signal::TERM);

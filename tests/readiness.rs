@@ -50,7 +50,11 @@ fn the_examples_run() {
             let program = crate::support::world::example(name);
             let master = Master::start(world, &App::new(world, [program.to_str().unwrap()]).workers(2));
             let load = spec(world).rate(100.0).slow(5);
-            let load = Load::start(if is_echo { load.echo() } else { load.keep_alive(5, Duration::from_millis(20)) });
+            let load = Load::start(if is_echo {
+                load.echo()
+            } else {
+                load.keep_alive(5, Duration::from_millis(20))
+            });
             master.upgrade();
             load.answered(50);
             load.end_lossless();
@@ -105,7 +109,10 @@ fn several_listeners_and_both_families() {
             }
             let status = master.status();
             assert_eq!(status.listeners.len(), 3, "{status:#?}");
-            assert!(status.generations[0].workers.iter().all(|worker| worker.listeners.len() == 3), "{status:#?}");
+            assert!(
+                status.generations[0].workers.iter().all(|worker| worker.listeners.len() == 3),
+                "{status:#?}"
+            );
             master.stop();
         }
     });
@@ -115,7 +122,9 @@ fn several_listeners_and_both_families() {
 fn a_worker_with_several_listeners_on_one_address() {
     world(&[Need::Bpf], |world| {
         for engine in ["ebpf", "cbpf"] {
-            let app = App::test_worker(world, "--mode plain --threads 3 --accept-delay 5").workers(2).engine(engine);
+            let app = App::test_worker(world, "--mode plain --threads 3 --accept-delay 5")
+                .workers(2)
+                .engine(engine);
             let master = Master::start(world, &app);
             let load = Load::start(spec(world).rate(200.0).burst(60, Duration::from_millis(300)));
             master.upgrade();

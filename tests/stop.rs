@@ -62,14 +62,19 @@ fn a_graceful_stop_finishes_open_connections() {
 fn a_second_signal_means_at_once() {
     world(&[], |world| {
         let app = App::test_worker(world, "--mode sdk").upgrade("drain_timeout = \"1h\"");
-        for (first, second) in [(Signal::TERM, Signal::TERM), (Signal::TERM, Signal::INT), (Signal::INT, Signal::QUIT)]
+        for (first, second) in
+            [(Signal::TERM, Signal::TERM), (Signal::TERM, Signal::INT), (Signal::INT, Signal::QUIT)]
         {
             let mut master = Master::start(world, &app);
             let _client = open(world);
             master.wait_status("accepted", |status| status.generations[0].connections == Some(1));
             master.signal(first);
             master.wait_status("stopping", |status| status.state == MasterState::Stopping);
-            assert_eq!(master.wait_end(Duration::from_millis(300)), None, "an open connection is not waited for");
+            assert_eq!(
+                master.wait_end(Duration::from_millis(300)),
+                None,
+                "an open connection is not waited for"
+            );
             master.signal(second);
             master.ended(0);
         }
@@ -110,8 +115,14 @@ fn stop_during_an_upgrade_takes_both_generations() {
 fn a_first_generation_that_fails_ends_the_master_with_the_reason() {
     world(&[], |world| {
         let failures = [
-            ("--mode plain --fail exit-before-ready --code 7 --print no-such-database", ["status 7", "no-such-database"]),
-            ("--mode sdk --fail exit-before-ready --code 8 --print no-such-table", ["status 8", "no-such-table"]),
+            (
+                "--mode plain --fail exit-before-ready --code 7 --print no-such-database",
+                ["status 7", "no-such-database"],
+            ),
+            (
+                "--mode sdk --fail exit-before-ready --code 8 --print no-such-table",
+                ["status 8", "no-such-table"],
+            ),
             ("--mode plain --fail wrong-address", ["seat", "listen"]),
             ("--mode plain --fail never-ready", ["seat", "not ready"]),
         ];

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use reuseportd_bench::Spec;
 use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;
 use crate::support::rounds;
 use crate::support::world::{Need, World, world};
+use reuseportd_bench::Spec;
 
 /// Upgrades under a load by `kind` workers, and the same load on the naive control, which must lose.
 fn upgrades_lose_nothing(

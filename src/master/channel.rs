@@ -63,22 +63,33 @@ impl Shell {
     }
 
     /// Takes in the sockets of a `ready`. One that can't serve is left out, and the worker is found wanting.
-    fn take_bound(&mut self, worker: WorkerId, names: &[String], fds: Vec<OwnedFd>) -> Vec<(GroupId, ListenerId)> {
+    fn take_bound(
+        &mut self,
+        worker: WorkerId,
+        names: &[String],
+        fds: Vec<OwnedFd>,
+    ) -> Vec<(GroupId, ListenerId)> {
         let mut listeners = Vec::new();
         if names.len() != fds.len() {
-            self.set_wrong(worker, format!("its ready names {} listeners and carries {}", names.len(), fds.len()));
+            self.set_wrong(
+                worker,
+                format!("its ready names {} listeners and carries {}", names.len(), fds.len()),
+            );
             return listeners;
         }
         for (name, fd) in names.iter().zip(fds) {
             let group = self.groups.named(name);
             let address = group.and_then(|group| self.groups.of(group)).map(|group| group.address);
             let (Some(group), Some(address)) = (group, address) else {
-                self.set_wrong(worker, format!("its ready names the listener {name:?}, which is not configured"));
+                self.set_wrong(
+                    worker,
+                    format!("its ready names the listener {name:?}, which is not configured"),
+                );
                 continue;
             };
-            match check_bound(&fd, address).and_then(|()| {
-                self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string())
-            }) {
+            match check_bound(&fd, address)
+                .and_then(|()| self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string()))
+            {
                 Ok(listener) => listeners.push((group, listener)),
                 Err(what) => self.set_wrong(worker, format!("its listener {name:?}: {what}")),
             }
@@ -119,7 +130,8 @@ impl Shell {
 }
 
 fn check_bound(fd: &OwnedFd, address: SocketAddr) -> Result<(), String> {
-    let bound = socket::local_addr(fd.as_fd()).map_err(|error| format!("it is no socket of this kind: {error}"))?;
+    let bound =
+        socket::local_addr(fd.as_fd()).map_err(|error| format!("it is no socket of this kind: {error}"))?;
     if bound != address {
         return Err(format!("it is bound to {bound}, not to {address}"));
     }

@@ -53,7 +53,9 @@ impl Clients {
 
     /// Clients to watch: number, descriptor, whether something is to be sent.
     pub(super) fn fds(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>, bool)> {
-        self.by_number.iter().map(|(number, client)| (*number, client.stream.as_fd(), !client.unsent.is_empty()))
+        self.by_number
+            .iter()
+            .map(|(number, client)| (*number, client.stream.as_fd(), !client.unsent.is_empty()))
     }
 
     /// Takes in those who knock.
@@ -113,7 +115,8 @@ impl Clients {
             return None;
         }
         if client.is_refused {
-            let text = "not allowed: only root, the master's own user and control.allow_users may speak to it";
+            let text =
+                "not allowed: only root, the master's own user and control.allow_users may speak to it";
             return Some(Err(text.to_owned()));
         }
         let line: Vec<u8> = client.request.drain(..end.unwrap_or(client.request.len())).collect();
@@ -160,8 +163,12 @@ impl Clients {
             ready: ready.map(|(ready, _)| ready),
             of: ready.map(|(_, of)| of),
         };
-        let waiting: Vec<u32> =
-            self.by_number.iter().filter(|(_, client)| client.is_waiting).map(|(number, _)| *number).collect();
+        let waiting: Vec<u32> = self
+            .by_number
+            .iter()
+            .filter(|(_, client)| client.is_waiting)
+            .map(|(number, _)| *number)
+            .collect();
         for number in waiting {
             self.reply(number, &reply, false);
         }
@@ -212,7 +219,12 @@ impl Shell {
     /// The end of a client's wait.
     pub(super) fn answer(&mut self, to: Ticket, receipt: Option<u32>) {
         let Some(serial) = receipt else { return self.clients.reply(to.0, &Reply::Done, true) };
-        let receipt = self.receipts.iter().rev().find(|(number, _)| *number == Some(serial)).map(|(_, receipt)| receipt);
+        let receipt = self
+            .receipts
+            .iter()
+            .rev()
+            .find(|(number, _)| *number == Some(serial))
+            .map(|(_, receipt)| receipt);
         let reply = match receipt {
             Some(receipt) => Reply::Receipt { receipt: Box::new(receipt.clone()) },
             None => Reply::Error { message: "the receipt is no longer kept".to_owned(), code: 1 },

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
-use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan};
+use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan, Probe};
 use reuseportd_sys::{capability, cbpf};
 
 use crate::config::{EngineChoice, Listen};
@@ -33,16 +33,18 @@ pub(super) fn choose(wanted: EngineChoice) -> Result<Choice, EngineError> {
             Ok(()) => choice(Engine::Ebpf, "configured"),
             Err(why) => Err(EngineError(why)),
         },
-        EngineChoice::Auto => match try_ebpf() {
-            Ok(()) => choice(Engine::Ebpf, "auto: the kernel accepts the program"),
-            Err(why) => {
-                let mut reason = format!("auto: no ebpf ({why})");
-                if cbpf::has_rcu_fix() == Some(false) {
-                    reason.push_str("; this kernel may crash when a cbpf program is replaced under traffic: update it");
+        EngineChoice::Auto => {
+            match try_ebpf() {
+                Ok(()) => choice(Engine::Ebpf, "auto: the kernel accepts the program"),
+                Err(why) => {
+                    let mut reason = format!("auto: no ebpf ({why})");
+                    if cbpf::has_rcu_fix() == Some(false) {
+                        reason.push_str("; this kernel may crash when a cbpf program is replaced under traffic: update it");
+                    }
+                    Ok(Choice { engine: Engine::Cbpf, reason })
                 }
-                Ok(Choice { engine: Engine::Cbpf, reason })
             }
-        },
+        }
     }
 }
 
@@ -68,6 +70,24 @@ pub(super) struct Group {
     migrated_before: u64,
 }
 
+impl Group {
+    /// Until the first generation is steered to, the kernel's hash decides: the record that is in force from the
+    /// beginning would refuse.
+    fn unsteered(&self) -> Result<(), BpfError> {
+        let Some(ebpf) = &self.ebpf else { return Ok(()) };
+        let range = bpf::Range { weight_below: u32::MAX, base: EMPTY_KEY, count: 1, counter: 0 };
+        ebpf.write_plan(self.record, &Plan { ranges: vec![range] })?;
+        ebpf.select(self.record)
+    }
+}
+
+/// The plan record before the first switch.
+const FIRST_RECORD: u32 = 1;
+/// A key that stays empty; the core gives out those below.
+const EMPTY_KEY: u32 = bpf::CAPACITY_DEFAULT - 2;
+/// The key of the listener that is being proven.
+const PROOF_KEY: u32 = bpf::CAPACITY_DEFAULT - 1;
+
 /// All groups, by the core's number for them.
 #[derive(Debug)]
 pub(super) struct Groups {
@@ -84,14 +104,9 @@ impl Groups {
                 Engine::Ebpf => Some(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?),
                 Engine::Cbpf | Engine::None => None,
             };
-            let group = Group {
-                name: listen.name.clone(),
-                address: listen.address,
-                bound: None,
-                ebpf,
-                record: 0,
-                migrated_before: 0,
-            };
+            let (name, address) = (listen.name.clone(), listen.address);
+            let group = Group { name, address, bound: None, ebpf, record: FIRST_RECORD, migrated_before: 0 };
+            group.unsteered()?;
             by_id.insert(id, group);
         }
         Ok(Groups { choice, by_id })
@@ -131,6 +146,23 @@ impl Groups {
         ebpf.attach(listener).and_then(|()| ebpf.admit(key, listener)).map_err(|error| report(id, &error))
     }
 
+    /// `ebpf`: while `connect` runs, what comes from `source` is given to this listener, past all others.
+    pub(super) fn past_all<T>(
+        &self,
+        id: GroupId,
+        listener: BorrowedFd<'_>,
+        source: SocketAddr,
+        connect: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let ebpf = self.ebpf(id).map_err(io::Error::from_raw_os_error)?;
+        let failed = |error: BpfError| io::Error::other(error);
+        ebpf.attach(listener).and_then(|()| ebpf.admit(PROOF_KEY, listener)).map_err(failed)?;
+        let probe = ebpf.set_probe(Some(Probe { remote: source, key: PROOF_KEY })).map_err(failed);
+        let connected = probe.and_then(|()| connect());
+        ebpf.set_probe(None).and_then(|()| ebpf.remove(PROOF_KEY)).map_err(failed)?;
+        connected
+    }
+
     /// `ebpf`: a key becomes empty.
     pub(super) fn evict(&self, id: GroupId, key: u32) {
         if let Ok(Err(error)) = self.ebpf(id).map(|ebpf| ebpf.remove(key)) {
@@ -151,7 +183,9 @@ impl Groups {
         });
         let plan = Plan { ranges: ranges.collect() };
         let record = (group.record + 1) % PLAN_RECORDS;
-        ebpf.write_plan(record, &plan).and_then(|()| ebpf.select(record)).map_err(|error| report(id, &error))?;
+        ebpf.write_plan(record, &plan)
+            .and_then(|()| ebpf.select(record))
+            .map_err(|error| report(id, &error))?;
         group.record = record;
         Ok(())
     }

@@ -51,7 +51,8 @@ pub(super) enum LaunchError {
 impl Launch {
     /// Finds and pins the program.
     pub(super) fn prepare(config: Rc<Config>) -> Result<Launch, LaunchError> {
-        let variables = config.app.variables().map_err(|error| LaunchError::Environment(error.to_string()))?;
+        let variables =
+            config.app.variables().map_err(|error| LaunchError::Environment(error.to_string()))?;
         if let Some(directory) = &config.app.working_directory {
             let failed = |source| LaunchError::Directory { path: directory.display().to_string(), source };
             std::fs::read_dir(directory).map_err(failed)?;
@@ -63,7 +64,12 @@ impl Launch {
         Ok(Launch { config, executable, variables, sha256: OnceCell::new() })
     }
 
-    fn environment(&self, shell: &Shell, generation: Generation, seat: Seat) -> Result<Vec<CString>, NulError> {
+    fn environment(
+        &self,
+        shell: &Shell,
+        generation: Generation,
+        seat: Seat,
+    ) -> Result<Vec<CString>, NulError> {
         let mut variables: BTreeMap<std::ffi::OsString, std::ffi::OsString> =
             std::env::vars_os().filter(|(name, _)| !env::OWNED.iter().any(|owned| name == owned)).collect();
         // Stderr is no longer what the service manager gave: a worker that believed so would log past the master.
@@ -144,7 +150,8 @@ impl Shell {
             (writer.unwrap_or(stderr), 2),
             (theirs.as_fd(), CHANNEL_NUMBER),
         ];
-        let directory = app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
+        let directory =
+            app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
         let directory = directory.transpose().map_err(nul)?;
         let limits: Vec<Limit> = app
             .limits

@@ -47,6 +47,11 @@ impl Listeners {
         self.by_id.get(&id)
     }
 
+    /// Every listener of a worker.
+    pub(super) fn of_worker(&self, worker: WorkerId) -> impl Iterator<Item = ListenerId> {
+        self.by_id.iter().filter(move |(_, listener)| listener.worker == worker).map(|(id, _)| *id)
+    }
+
     /// The master's handle.
     pub(super) fn handle(&self, id: ListenerId) -> Option<BorrowedFd<'_>> {
         self.by_id.get(&id)?.handle.as_ref().map(AsFd::as_fd)
@@ -102,7 +107,8 @@ impl Listeners {
             return true;
         }
         let holds = |pid: i32| {
-            procfs::socket_inodes(pid).is_ok_and(|held| held.iter().any(|(_, inode)| *inode == listener.inode))
+            procfs::socket_inodes(pid)
+                .is_ok_and(|held| held.iter().any(|(_, inode)| *inode == listener.inode))
         };
         procfs::descendants(pid, pid).map_or(true, |pids| pids.into_iter().any(holds))
     }

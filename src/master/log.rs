@@ -25,7 +25,12 @@ pub(super) fn start(format: LogFormat, level: tracing::Level) -> Level {
     };
     let colours = is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let layer = if is_json {
-        fmt::layer().json().flatten_event(true).with_target(false).with_writer(|| Patient(io::stderr())).boxed()
+        fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_target(false)
+            .with_writer(|| Patient(io::stderr()))
+            .boxed()
     } else {
         let layer = fmt::layer().with_target(false).with_ansi(colours).with_writer(|| Patient(io::stderr()));
         // The journal notes the time itself.
@@ -46,7 +51,8 @@ impl<W: AsFd> Write for Patient<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for chunk in bytes.chunks(ATOMIC_BYTES) {
             let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
-            let is_writable = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0);
+            let is_writable =
+                poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0);
             if is_writable {
                 rustix::io::write(&self.0, chunk)?;
             }

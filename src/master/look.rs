@@ -96,12 +96,17 @@ impl Shell {
         let mut view = GroupView {
             migrated: self.groups.migrated(id, self.launches.keys().copied()),
             migrate_failures: procfs::netstat("TCPMigrateReqFailure"),
-            migrates_by_hash: procfs::sysctl("net/ipv4/tcp_migrate_req").is_some_and(|value| value.trim() == "1"),
+            migrates_by_hash: procfs::sysctl("net/ipv4/tcp_migrate_req")
+                .is_some_and(|value| value.trim() == "1"),
             ..GroupView::default()
         };
-        view.half_open =
-            sockets.iter().filter(|socket| socket.state == states::SYN_RECV).map(|socket| socket.cookie).collect();
-        let listening = sockets.into_iter().filter(|s| s.state == states::LISTEN && s.local == address).collect();
+        view.half_open = sockets
+            .iter()
+            .filter(|socket| socket.state == states::SYN_RECV)
+            .map(|socket| socket.cookie)
+            .collect();
+        let listening =
+            sockets.into_iter().filter(|s| s.state == states::LISTEN && s.local == address).collect();
         for socket in diag::listen_order(listening) {
             let listener = self.listeners.by_cookie(id, socket.cookie);
             view.members.push(Member { cookie: socket.cookie, listener });
@@ -121,7 +126,9 @@ impl Shell {
             let states = !(states::LISTEN | states::SYN_RECV | states::TIME_WAIT | states::CLOSE);
             let sockets = dump(Some(group.address.port()), states & ALL_STATES)?;
             // Inode 0: not accepted yet, or closed by its process already.
-            open.extend(sockets.into_iter().map(|socket| u64::from(socket.inode)).filter(|inode| *inode != 0));
+            open.extend(
+                sockets.into_iter().map(|socket| u64::from(socket.inode)).filter(|inode| *inode != 0),
+            );
         }
         let mut counted = Vec::new();
         for worker in workers {
@@ -163,12 +170,14 @@ impl Shell {
 const ALL_STATES: u32 = 0x1ffe;
 
 /// A dump, asked for again as long as the kernel says that it may be incomplete.
-fn dump(port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
+pub(super) fn dump(port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
     let query = Query { protocol: Protocol::Tcp, family: Family::Both, port, states };
     let mut attempts = 1;
     loop {
         match diag::dump(&query) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted && attempts < DUMP_ATTEMPTS => attempts += 1,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted && attempts < DUMP_ATTEMPTS => {
+                attempts += 1
+            }
             result => return result,
         }
     }
@@ -195,7 +204,8 @@ fn held_by(pid: i32, listening: &[Socket]) -> io::Result<Vec<Held>> {
 
 /// Whether a listener there takes what arrives at a configured address: itself, or a dual-stack `[::]` for `0.0.0.0`.
 fn serves(local: SocketAddr, address: SocketAddr) -> bool {
-    local == address || (local.port() == address.port() && is_any(local) && is_any(address) && local.is_ipv6())
+    local == address
+        || (local.port() == address.port() && is_any(local) && is_any(address) && local.is_ipv6())
 }
 
 fn is_any(address: SocketAddr) -> bool {
@@ -233,11 +243,17 @@ fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd,
     let handle = pidfd::open(held.pid).and_then(|process| pidfd::getfd(process.as_fd(), held.number));
     let handle = handle.map_err(|error| match error.raw_os_error() {
         Some(nix::libc::EPERM) => denied(error),
-        _ => Missing::NotYet(Problem::NotListening(id), format!("its listener on {address} went away: {error}")),
+        _ => Missing::NotYet(
+            Problem::NotListening(id),
+            format!("its listener on {address} went away: {error}"),
+        ),
     })?;
     let inode = socket::inode(handle.as_fd()).unwrap_or(0);
     if inode != u64::from(held.socket.inode) {
-        return Err(Missing::NotYet(Problem::NotListening(id), format!("its listener on {address} went away")));
+        return Err(Missing::NotYet(
+            Problem::NotListening(id),
+            format!("its listener on {address} went away"),
+        ));
     }
     if !socket::is_reuseport(handle.as_fd()).unwrap_or(false) {
         let text = format!(

@@ -13,6 +13,7 @@ mod notifications;
 mod output;
 mod perform;
 mod process;
+mod prove;
 mod reload;
 mod report;
 mod run;
@@ -63,6 +64,8 @@ struct Shell {
     views: BTreeMap<GroupId, GroupView>,
     /// Listeners whose leftovers a worker was asked to take, by the name it knows.
     taking: BTreeMap<(WorkerId, String), ListenerId>,
+    /// Connections made to prove workers, as long as they have not been accepted.
+    proofs: BTreeMap<WorkerId, Vec<prove::Proof>>,
     receipts: VecDeque<(Option<u32>, wire::Receipt)>,
     /// Why the upgrade under way fails, in words: said while the worker's last words are still known.
     failing: Option<String>,

@@ -34,7 +34,11 @@ impl Shell {
             };
             let Some(worker) = self.worker_of(sender.pid) else {
                 self.notify_rejected += 1;
-                tracing::warn!(pid = sender.pid, uid = sender.uid, "a notification from no worker's process: ignored");
+                tracing::warn!(
+                    pid = sender.pid,
+                    uid = sender.uid,
+                    "a notification from no worker's process: ignored"
+                );
                 continue;
             };
             let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();

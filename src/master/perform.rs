@@ -7,8 +7,8 @@ use std::rc::Rc;
 use reuseportd_core::{Command, Event, Generation, ListenerId, Report, Signal, WorkerId};
 use reuseportd_sys::{pidfd, procfs, socket};
 
-use super::groups::errno;
 use super::Shell;
+use super::groups::errno;
 
 /// Receipts kept for clients that ask later.
 const RECEIPTS_MAX: usize = 50;
@@ -34,6 +34,10 @@ impl Shell {
             Command::Find { worker } => {
                 let found = self.find(worker);
                 self.inbox.push_back(Event::Found { worker, found });
+            }
+            Command::Prove { worker } => {
+                let accepted = self.prove(worker);
+                self.inbox.push_back(Event::Proved { worker, accepted });
             }
             Command::Listen { listener } => {
                 let result = self.listen(listener);
@@ -97,6 +101,7 @@ impl Shell {
         }
         self.listeners.forget_worker(worker);
         self.taking.retain(|(taker, _), _| *taker != worker);
+        self.proofs.remove(&worker);
     }
 
     fn has_remains(&self, worker: WorkerId) -> bool {
@@ -138,7 +143,8 @@ impl Shell {
         let listener = self.listeners.of(id).ok_or(nix::libc::ENOENT)?;
         let name = self.groups.name(listener.group);
         let generation = self.processes.get(&listener.worker).map(|process| process.generation);
-        let config = generation.and_then(|generation| self.launches.get(&generation)).map(|launch| &launch.config);
+        let config =
+            generation.and_then(|generation| self.launches.get(&generation)).map(|launch| &launch.config);
         let backlog = config.and_then(|config| config.listen.iter().find(|listen| listen.name == name));
         let backlog = backlog.and_then(|listen| i32::try_from(listen.backlog).ok()).unwrap_or(i32::MAX);
         let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;

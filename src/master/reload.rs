@@ -61,12 +61,15 @@ impl Shell {
             return Err(format!("steering.engine can't change in an upgrade: {restart}"));
         }
         let addresses = |config: &Config| {
-            let mut all: Vec<_> = config.listen.iter().map(|listen| (listen.name.clone(), listen.address)).collect();
+            let mut all: Vec<_> =
+                config.listen.iter().map(|listen| (listen.name.clone(), listen.address)).collect();
             all.sort();
             all
         };
         if addresses(new) != addresses(&self.config) {
-            return Err(format!("adding, removing or changing a [[listen]] in an upgrade is not supported yet: {restart}"));
+            return Err(format!(
+                "adding, removing or changing a [[listen]] in an upgrade is not supported yet: {restart}"
+            ));
         }
         Ok(())
     }

@@ -13,7 +13,12 @@ impl Shell {
             }
             Report::Queued(generation) => {
                 let text = "waits until an old generation has finished draining (upgrade.max_draining)";
-                tracing::info!(event = "queued", generation = generation.0, "generation {} {text}", generation.0);
+                tracing::info!(
+                    event = "queued",
+                    generation = generation.0,
+                    "generation {} {text}",
+                    generation.0
+                );
                 self.say_state(wire::Phase::Launching, &format!("generation {} {text}", generation.0), None);
             }
             Report::Superseded(trigger) => {
@@ -22,23 +27,48 @@ impl Shell {
             Report::Entered(generation, phase) => self.entered(*generation, *phase),
             Report::Failing(generation, _) => {
                 let reason = self.failing.clone().unwrap_or_default();
-                tracing::error!(event = "failing", generation = generation.0, reason, "generation {} can't be launched: {reason}", generation.0);
+                tracing::error!(
+                    event = "failing",
+                    generation = generation.0,
+                    reason,
+                    "generation {} can't be launched: {reason}",
+                    generation.0
+                );
             }
             Report::Switched(generation) => {
-                tracing::info!(event = "switched", generation = generation.0, "new connections go to generation {}", generation.0);
+                tracing::info!(
+                    event = "switched",
+                    generation = generation.0,
+                    "new connections go to generation {}",
+                    generation.0
+                );
             }
             Report::Ended(receipt) => self.ended(receipt),
             Report::Drained(generation) => {
-                tracing::info!(event = "drained", generation = generation.0, "generation {} is gone", generation.0);
+                tracing::info!(
+                    event = "drained",
+                    generation = generation.0,
+                    "generation {} is gone",
+                    generation.0
+                );
             }
             Report::WorkerReady(worker) => self.worker_ready(*worker),
-            Report::WorkerExited { .. } | Report::Respawning(..) | Report::Replaced(..) | Report::Killed(..) => {
+            Report::WorkerExited { .. }
+            | Report::Respawning(..)
+            | Report::Replaced(..)
+            | Report::Killed(..) => {
                 self.log_worker(report);
             }
             Report::BreakerOpened(pause) => {
-                self.state_reason = Some(format!("too many worker exits: no respawns for {pause:?} (restart.breaker)"));
-                tracing::error!(event = "breaker_opened", ?pause, "too many worker exits: no respawns for {pause:?}");
-                self.upstream.status(self.state_reason.as_deref().unwrap_or_default());
+                self.state_reason =
+                    Some(format!("too many worker exits: no respawns for {pause:?} (restart.breaker)"));
+                tracing::error!(
+                    event = "breaker_opened",
+                    ?pause,
+                    "too many worker exits: no respawns for {pause:?}"
+                );
+                self.upstream
+                    .status(&format!("degraded: {}", self.state_reason.as_deref().unwrap_or_default()));
             }
             Report::BreakerClosed => {
                 self.state_reason = None;
@@ -50,31 +80,71 @@ impl Shell {
             | Report::SlotsUnsure(_)
             | Report::SteerFailed(..)
             | Report::ListenerLost(_) => self.log_listener(report),
-            Report::Bug(what) => tracing::error!(event = "bug", what, "this should not have happened; please report it"),
+            Report::Bug(what) => {
+                tracing::error!(event = "bug", what, "this should not have happened; please report it")
+            }
         }
     }
 
     fn log_worker(&self, report: &Report) {
         match report {
             Report::WorkerExited { worker, how, asked } => {
-                let ((generation, seat), pid, how) = (self.place(*worker), self.pid(*worker), words::exit(*how));
+                let ((generation, seat), pid, how) =
+                    (self.place(*worker), self.pid(*worker), words::exit(*how));
                 if *asked {
-                    tracing::info!(event = "worker_exited", generation, seat, pid, how, asked, "worker {pid} {how}");
+                    tracing::info!(
+                        event = "worker_exited",
+                        generation,
+                        seat,
+                        pid,
+                        how,
+                        asked,
+                        "worker {pid} {how}"
+                    );
                 } else {
-                    tracing::warn!(event = "worker_exited", generation, seat, pid, how, asked, "worker {pid} {how}, unasked");
+                    tracing::warn!(
+                        event = "worker_exited",
+                        generation,
+                        seat,
+                        pid,
+                        how,
+                        asked,
+                        "worker {pid} {how}, unasked"
+                    );
                 }
             }
             Report::Respawning(generation, seat, pause) => {
                 let (generation, seat) = (generation.0, seat.0);
-                tracing::info!(event = "respawning", generation, seat, ?pause, "seat {seat} is filled again in {pause:?}");
+                tracing::info!(
+                    event = "respawning",
+                    generation,
+                    seat,
+                    ?pause,
+                    "seat {seat} is filled again in {pause:?}"
+                );
             }
             Report::Replaced(worker, reason) => {
-                let ((generation, seat), pid, reason) = (self.place(*worker), self.pid(*worker), self.reason(*reason));
-                tracing::warn!(event = "replaced", generation, seat, pid, reason, "worker {pid} is replaced: {reason}");
+                let ((generation, seat), pid, reason) =
+                    (self.place(*worker), self.pid(*worker), self.reason(*reason));
+                tracing::warn!(
+                    event = "replaced",
+                    generation,
+                    seat,
+                    pid,
+                    reason,
+                    "worker {pid} is replaced: {reason}"
+                );
             }
             Report::Killed(worker, open) => {
                 let ((generation, seat), pid) = (self.place(*worker), self.pid(*worker));
-                tracing::warn!(event = "killed", generation, seat, pid, ?open, "worker {pid} killed at its deadline (upgrade.drain_timeout)");
+                tracing::warn!(
+                    event = "killed",
+                    generation,
+                    seat,
+                    pid,
+                    ?open,
+                    "worker {pid} killed at its deadline (upgrade.drain_timeout)"
+                );
             }
             _ => {}
         }
@@ -83,21 +153,44 @@ impl Shell {
     fn log_listener(&self, report: &Report) {
         match report {
             Report::LeftoversTaken(listener, count) => {
-                tracing::info!(event = "leftovers_taken", listener = listener.0, count, "{count} waiting connections taken by a sibling");
+                tracing::info!(
+                    event = "leftovers_taken",
+                    listener = listener.0,
+                    count,
+                    "{count} waiting connections taken by a sibling"
+                );
             }
             Report::LeftoversLost(listener, count) => {
-                tracing::warn!(event = "leftovers_lost", listener = listener.0, count, "{count} waiting connections of an ended worker had no one to go to (net.ipv4.tcp_migrate_req=1 would move them)");
+                tracing::warn!(
+                    event = "leftovers_lost",
+                    listener = listener.0,
+                    count,
+                    "{count} waiting connections of an ended worker had no one to go to (net.ipv4.tcp_migrate_req=1 would move them)"
+                );
             }
             Report::SlotsUnsure(group) => {
                 let name = self.groups.name(*group);
-                tracing::warn!(event = "slots_unsure", listener = name, "several sockets left the group of listener {name:?} unasked: which slot is whose is a guess until the next generation");
+                tracing::warn!(
+                    event = "slots_unsure",
+                    listener = name,
+                    "several sockets left the group of listener {name:?} unasked: which slot is whose is a guess until the next generation"
+                );
             }
             Report::SteerFailed(group, errno) => {
                 let (name, error) = (self.groups.name(*group), words::errno(*errno));
-                tracing::error!(event = "steer_failed", listener = name, error, "the kernel refused to steer listener {name:?}: {error}");
+                tracing::error!(
+                    event = "steer_failed",
+                    listener = name,
+                    error,
+                    "the kernel refused to steer listener {name:?}: {error}"
+                );
             }
             Report::ListenerLost(listener) => {
-                tracing::warn!(event = "listener_lost", listener = listener.0, "a worker closed its listener without being asked");
+                tracing::warn!(
+                    event = "listener_lost",
+                    listener = listener.0,
+                    "a worker closed its listener without being asked"
+                );
             }
             _ => {}
         }
@@ -131,7 +224,8 @@ impl Shell {
             return;
         }
         let is_ready = |worker: &&reuseportd_core::WorkerView| {
-            worker.state.is_some_and(|state| state == reuseportd_core::WorkerState::Ready)
+            use reuseportd_core::WorkerState::{Joining, Ready, Serving};
+            worker.state.is_some_and(|state| matches!(state, Ready | Joining | Serving))
         };
         let ready = u32::try_from(generation.workers.iter().filter(is_ready).count()).unwrap_or(u32::MAX);
         let of = u32::try_from(generation.workers.len()).unwrap_or(u32::MAX);
@@ -140,7 +234,8 @@ impl Shell {
     }
 
     fn ended(&mut self, receipt: &reuseportd_core::Receipt) {
-        let Some((_, shown)) = self.receipts.iter().find(|(serial, _)| *serial == Some(receipt.serial)) else {
+        let Some((_, shown)) = self.receipts.iter().find(|(serial, _)| *serial == Some(receipt.serial))
+        else {
             let generation = receipt.to.map_or(0, |generation| generation.0);
             self.upstream.status(&format!("generation {generation} serves"));
             return;
@@ -150,8 +245,12 @@ impl Shell {
         let is_final = receipt.is_final;
         let json = serde_json::to_string(shown).unwrap_or_default();
         match &reason {
-            Some(reason) => tracing::error!(event = "upgrade_ended", %outcome, ?from, ?to, reason, receipt = json, "upgrade {outcome}: {reason}"),
-            None => tracing::info!(event = "upgrade_ended", %outcome, ?from, ?to, ms, is_final, receipt = json, "upgrade {outcome}"),
+            Some(reason) => {
+                tracing::error!(event = "upgrade_ended", %outcome, ?from, ?to, reason, receipt = json, "upgrade {outcome}: {reason}")
+            }
+            None => {
+                tracing::info!(event = "upgrade_ended", %outcome, ?from, ?to, ms, is_final, receipt = json, "upgrade {outcome}")
+            }
         }
         let text = match (reason, to) {
             (Some(reason), _) => format!("upgrade {outcome}: {reason}"),

@@ -52,7 +52,8 @@ impl Shell {
     /// Waits for anything to happen. The list is made anew each time, so that nothing in it can be out of date.
     fn wait(&self) -> Vec<Token> {
         let watched = self.watched();
-        let mut fds: Vec<PollFd<'_>> = watched.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            watched.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
         let timeout = self.core.next_deadline().map(|deadline| {
             let left = deadline.since(clock::now());
             Timespec {

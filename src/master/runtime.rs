@@ -68,7 +68,9 @@ impl Runtime {
         // With other users allowed, credentials decide; otherwise the file mode is a second lock on the door.
         let mode = if control.allow_users.is_empty() { control.mode } else { 0o666 };
         let listener = bind(&self.socket, mode, |path| UnixListener::bind(path))?;
-        listener.set_nonblocking(true).map_err(|source| RuntimeError::Socket { path: self.socket.clone(), source })?;
+        listener
+            .set_nonblocking(true)
+            .map_err(|source| RuntimeError::Socket { path: self.socket.clone(), source })?;
         Ok(listener)
     }
 
@@ -81,7 +83,9 @@ impl Runtime {
     pub(super) fn notify_socket(&self) -> Result<UnixDatagram, RuntimeError> {
         let path = self.notify_path();
         let socket = bind(&path, 0o666, |path| UnixDatagram::bind(path))?;
-        let prepare = socket.set_nonblocking(true).and_then(|()| reuseportd_sys::socket::pass_credentials(socket.as_fd()));
+        let prepare = socket
+            .set_nonblocking(true)
+            .and_then(|()| reuseportd_sys::socket::pass_credentials(socket.as_fd()));
         prepare.map_err(|source| RuntimeError::Socket { path, source })?;
         Ok(socket)
     }
@@ -112,8 +116,8 @@ fn make_directory(path: &Path) -> Result<bool, RuntimeError> {
         DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o711)).map_err(failed)?;
     }
-    let metadata =
-        fs::symlink_metadata(path).map_err(|source| RuntimeError::Create { path: path.to_owned(), source })?;
+    let metadata = fs::symlink_metadata(path)
+        .map_err(|source| RuntimeError::Create { path: path.to_owned(), source })?;
     let unsafe_for = |what| Err(RuntimeError::Unsafe { path: path.to_owned(), what });
     let is_sticky = metadata.mode() & 0o1000 != 0;
     if metadata.file_type().is_symlink() {

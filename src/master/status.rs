@@ -5,7 +5,8 @@ use std::io::Read;
 use std::os::fd::AsFd;
 
 use reuseportd_core::{
-    Engine, Generation, GenerationState, GenerationView, ListenerView, MasterState, WorkerId, WorkerState, WorkerView,
+    Engine, Generation, GenerationState, GenerationView, ListenerView, MasterState, WorkerId, WorkerState,
+    WorkerView,
 };
 use reuseportd_wire::status as wire;
 use sha2::{Digest, Sha256};
@@ -20,16 +21,15 @@ impl Shell {
     pub(super) fn status(&mut self) -> wire::Status {
         // The latest queues, not those of the last upgrade.
         let groups: Vec<_> = self.groups.iter().map(|(id, _)| id).collect();
-        let depths: Vec<_> = groups
-            .iter()
-            .filter_map(|id| self.observe(*id).ok())
-            .flat_map(|view| view.depths)
-            .collect();
+        let depths: Vec<_> =
+            groups.iter().filter_map(|id| self.observe(*id).ok()).flat_map(|view| view.depths).collect();
         let view = self.core.status();
         let connections = self.connections(&view.generations);
         let generations = view.generations.iter().map(|generation| {
             let count = connections.as_ref().map(|count| {
-                let of = |view: &WorkerView| view.worker.and_then(|worker| count.iter().find(|(id, _)| *id == worker));
+                let of = |view: &WorkerView| {
+                    view.worker.and_then(|worker| count.iter().find(|(id, _)| *id == worker))
+                };
                 generation.workers.iter().filter_map(of).map(|(_, open)| u64::from(*open)).sum()
             });
             self.generation_status(generation, count, &depths)
@@ -53,8 +53,11 @@ impl Shell {
     }
 
     fn connections(&self, generations: &[GenerationView]) -> Option<Vec<(WorkerId, u32)>> {
-        let workers: Vec<WorkerId> =
-            generations.iter().flat_map(|generation| &generation.workers).filter_map(|view| view.worker).collect();
+        let workers: Vec<WorkerId> = generations
+            .iter()
+            .flat_map(|generation| &generation.workers)
+            .filter_map(|view| view.worker)
+            .collect();
         self.count(&workers).ok()
     }
 
@@ -148,7 +151,8 @@ impl super::launch::Launch {
             return None;
         }
         // A descriptor of its own, so that the pinned one keeps its position.
-        let mut file = File::open(format!("/proc/self/fd/{}", fd_number(self.executable.fd().as_fd()))).ok()?;
+        let mut file =
+            File::open(format!("/proc/self/fd/{}", fd_number(self.executable.fd().as_fd()))).ok()?;
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -181,12 +185,16 @@ fn master_state(state: MasterState) -> wire::MasterState {
 fn worker_state(state: Option<WorkerState>) -> wire::WorkerState {
     match state {
         None => wire::WorkerState::Backoff,
-        Some(WorkerState::Spawning | WorkerState::Starting { .. }) => wire::WorkerState::Starting,
+        Some(WorkerState::Spawning | WorkerState::Starting { .. } | WorkerState::Proving) => {
+            wire::WorkerState::Starting
+        }
         Some(WorkerState::Ready | WorkerState::Joining) => wire::WorkerState::Ready,
         Some(WorkerState::Serving) => wire::WorkerState::Serving,
         Some(WorkerState::Emptying | WorkerState::Idling { .. } | WorkerState::Stopping { .. }) => {
             wire::WorkerState::Retiring
         }
-        Some(WorkerState::Draining | WorkerState::Dying | WorkerState::Remains { .. }) => wire::WorkerState::Draining,
+        Some(WorkerState::Draining | WorkerState::Dying | WorkerState::Remains { .. }) => {
+            wire::WorkerState::Draining
+        }
     }
 }

@@ -50,7 +50,9 @@ impl Upstream {
             Notice::Extend(by) => self.extend(by),
             Notice::Reloading => match NotifyState::monotonic_usec_now() {
                 Ok(now) => self.send(&[NotifyState::Reloading, now]),
-                Err(error) => tracing::warn!(%error, "cannot tell the service manager that an upgrade begins"),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot tell the service manager that an upgrade begins")
+                }
             },
         }
     }

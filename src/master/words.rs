@@ -31,16 +31,29 @@ impl Shell {
                 format!("worker of seat {} could not be started: {detail}", seat.0)
             }
             Reason::Exited(_, worker, how) => {
-                format!("{} {} before its generation served{}", self.who(worker), exit(how), self.evidence(worker))
+                format!(
+                    "{} {} before its generation served{}",
+                    self.who(worker),
+                    exit(how),
+                    self.evidence(worker)
+                )
             }
             Reason::NotReady(_, worker, problem) => {
-                let wanted = problem.map_or("it did not send READY=1, nor `ready` on its channel", |_| "");
-                let text = format!("{} was not ready in time: {wanted}", self.who(worker));
-                format!("{}{}", text.trim_end_matches([':', ' ']), self.evidence(worker))
+                let wanted = match problem {
+                    None => ": it did not send READY=1, nor `ready` on its channel".to_owned(),
+                    Some(_) if self.has_detail(worker) => String::new(),
+                    Some(problem) => format!(": {}", self.problem(problem)),
+                };
+                let text = format!("{} was not ready in time (upgrade.ready_timeout)", self.who(worker));
+                format!("{text}{wanted}{}", self.evidence(worker))
             }
             Reason::WrongListeners(_, worker, problem) => {
                 let text = format!("{} has the wrong listeners", self.who(worker));
-                let detail = if self.has_detail(worker) { String::new() } else { format!(": {}", self.problem(problem)) };
+                let detail = if self.has_detail(worker) {
+                    String::new()
+                } else {
+                    format!(": {}", self.problem(problem))
+                };
                 format!("{text}{detail}{}", self.evidence(worker))
             }
             Reason::ListenFailed(_, worker, number) => {
@@ -48,7 +61,10 @@ impl Shell {
             }
             Reason::SteerFailed(group, number) => {
                 let name = self.groups.name(group);
-                format!("the kernel refused to steer listener {name:?}: {}; nothing was switched", errno(number))
+                format!(
+                    "the kernel refused to steer listener {name:?}: {}; nothing was switched",
+                    errno(number)
+                )
             }
             Reason::Stopped => "the master is stopping".to_owned(),
         }
@@ -84,11 +100,13 @@ impl Shell {
     }
 
     fn problem(&self, problem: Problem) -> String {
-        let address = |group| self.groups.of(group).map_or_else(String::new, |group| group.address.to_string());
+        let address =
+            |group| self.groups.of(group).map_or_else(String::new, |group| group.address.to_string());
         match problem {
             Problem::NotListening(group) => format!("it does not listen on {}", address(group)),
             Problem::WrongAddress(group) => format!("it listens elsewhere than on {}", address(group)),
             Problem::NoReuseport(group) => format!("its listener on {} lacks SO_REUSEPORT", address(group)),
+            Problem::NotAccepting => "it listens, but accepts no connection".to_owned(),
             Problem::NotPermitted(group) => format!("its listener on {} can't be reached", address(group)),
             Problem::Failed(number) => format!("they could not be looked for: {}", errno(number)),
         }

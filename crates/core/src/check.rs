@@ -60,6 +60,7 @@ impl Master {
                 WorkerState::Remains { .. } => self.timers.is_armed(Timer::Remains(*id)),
                 WorkerState::Spawning
                 | WorkerState::Starting { .. }
+                | WorkerState::Proving
                 | WorkerState::Ready
                 | WorkerState::Joining
                 | WorkerState::Serving

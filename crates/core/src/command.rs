@@ -43,6 +43,12 @@ pub enum Command {
         /// Whose.
         worker: WorkerId,
     },
+    /// Connect to each listener of an unmodified worker, past all others, if that has not been done; and see whether
+    /// it accepted. Answer: `Proved`.
+    Prove {
+        /// Which.
+        worker: WorkerId,
+    },
     /// Call `listen()` through the handle; here the slot appears. Answer: `Listening`.
     Listen {
         /// Which.

@@ -87,6 +87,13 @@ pub enum Event {
         /// What was found.
         found: Found,
     },
+    /// Answer to `Prove`.
+    Proved {
+        /// Which.
+        worker: WorkerId,
+        /// Every one of its listeners was accepted from.
+        accepted: bool,
+    },
     /// Answer to `Listen`.
     Listening {
         /// Which.
@@ -203,6 +210,8 @@ pub enum Problem {
     WrongAddress(GroupId),
     /// Its listener is not set SO_REUSEPORT.
     NoReuseport(GroupId),
+    /// It listens, but does not accept.
+    NotAccepting,
     /// Its descriptors can't be reached.
     NotPermitted(GroupId),
     /// Looking failed with this errno.

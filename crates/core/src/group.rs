@@ -63,6 +63,8 @@ pub(crate) enum Settling {
 pub(crate) enum InForce {
     /// The kernel's own hash.
     Nothing,
+    /// The kernel refused the last change.
+    Unknown,
     /// `ebpf`.
     Ranges(Vec<Range>),
     /// `cbpf`.

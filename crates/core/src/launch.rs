@@ -4,10 +4,10 @@
 use crate::command::{Command, Notice, Order, Reason, Report};
 use crate::event::{Found, Problem, Trigger, Wait};
 use crate::generation::{GenerationRecord, GenerationState, Upgrade, UpgradeStep, Wish};
-use crate::group::{Listener, Settling};
+use crate::group::{Group, Listener, Settling};
 use crate::id::{Generation, GroupId, ListenerId, Seat, Ticket, WorkerId};
 use crate::master::{Master, Stopping};
-use crate::plan::{Plan, Readiness};
+use crate::plan::{Engine, Plan, Readiness};
 use crate::receipt::{Outcome, Phase, PhaseTime, Receipt, ReceiptListener};
 use crate::timers::Timer;
 use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, Worker, WorkerKind, WorkerState};
@@ -16,6 +16,11 @@ use core::time::Duration;
 
 /// How long a worker that never served may take to end after its stop signal.
 const UNPROVEN_GRACE: Duration = Duration::from_secs(2);
+
+/// Nothing is known yet of its listeners.
+fn is_unknown(state: WorkerState) -> bool {
+    matches!(state, WorkerState::Spawning | WorkerState::Starting { .. })
+}
 
 impl Master {
     pub(crate) fn on_upgrade(&mut self, plan: Plan, trigger: Trigger, by: Option<(Ticket, Wait)>) {
@@ -157,14 +162,16 @@ impl Master {
     }
 
     pub(crate) fn look(&mut self, id: WorkerId) {
-        if self.workers.get(&id).is_some_and(|worker| worker.state.is_starting()) {
-            self.push(Command::Find { worker: id });
+        match self.workers.get(&id).map(|worker| worker.state) {
+            Some(WorkerState::Starting { .. }) => self.push(Command::Find { worker: id }),
+            Some(WorkerState::Proving) => self.push(Command::Prove { worker: id }),
+            Some(_) | None => {}
         }
     }
 
     pub(crate) fn on_found(&mut self, id: WorkerId, found: Found) {
         let readiness = self.readiness_of(id);
-        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.state.is_starting()) else {
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| is_unknown(worker.state)) else {
             if let Found::All(listeners) = found {
                 self.refuse_handles(&listeners);
             }
@@ -174,7 +181,13 @@ impl Master {
             Found::All(listeners) => {
                 worker.kind = Some(WorkerKind::Unmodified);
                 self.adopt_listeners(id, &listeners, true);
-                self.proven(id);
+                // Many programs listen long before they can serve. With the other engine nobody can be sent past
+                // the listeners in force, so listening has to do.
+                if readiness == Readiness::Listen && self.engine == Engine::Ebpf {
+                    self.prove(id);
+                } else {
+                    self.proven(id);
+                }
             }
             Found::NotYet(problem) if readiness == Readiness::Listen => self.look_later(id, problem),
             Found::NotYet(problem) | Found::Never(problem) => {
@@ -188,6 +201,23 @@ impl Master {
         self.workers.get(&id).map_or(Readiness::Notify, |worker| self.readiness(worker.generation))
     }
 
+    fn prove(&mut self, id: WorkerId) {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.state = WorkerState::Proving;
+            worker.pause = LOOK_PAUSE;
+        }
+        self.push(Command::Prove { worker: id });
+    }
+
+    pub(crate) fn on_proved(&mut self, id: WorkerId, accepted: bool) {
+        let is_proving = self.workers.get(&id).is_some_and(|worker| worker.state == WorkerState::Proving);
+        match (is_proving, accepted) {
+            (true, true) => self.proven(id),
+            (true, false) => self.look_later(id, Problem::NotAccepting),
+            (false, _) => {}
+        }
+    }
+
     fn look_later(&mut self, id: WorkerId, problem: Problem) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.missing = Some(problem);
@@ -197,8 +227,7 @@ impl Master {
     }
 
     pub(crate) fn on_ready(&mut self, id: WorkerId, listeners: &[(GroupId, ListenerId)]) {
-        let is_starting = self.workers.get(&id).is_some_and(|worker| worker.state.is_starting());
-        let Some(worker) = self.workers.get_mut(&id).filter(|_| is_starting) else {
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| is_unknown(worker.state)) else {
             return self.refuse_handles(listeners);
         };
         worker.kind = Some(WorkerKind::Handover);
@@ -346,7 +375,12 @@ impl Master {
         let (from, to) = (upgrade.from, upgrade.to);
         match upgrade.step {
             UpgradeStep::Queued => false,
-            UpgradeStep::Launching => self.all_seats(to, WorkerState::Ready) && self.begin_joining(to),
+            // A program that could not be replaced may name slots that the joining listeners would take.
+            UpgradeStep::Launching => {
+                self.all_seats(to, WorkerState::Ready)
+                    && self.groups.values().all(Group::is_told)
+                    && self.begin_joining(to)
+            }
             UpgradeStep::Joining => self.all_seats(to, WorkerState::Serving) && self.begin_steering(to),
             UpgradeStep::Steering(_) => self.is_steered() && self.switched(from, to),
             UpgradeStep::Retiring => self.has_retired(from) && self.finish_upgrade(Outcome::Completed),

@@ -162,6 +162,7 @@ impl Master {
             && self.groups.keys().any(|group| self.choosable(*group).len() < 2);
         // As long as the kernel's program may name a slot that is no more, connections may fall on any of them, too.
         let mut is_blocked = self.engine == Engine::Cbpf && !self.groups.values().all(Group::is_told);
+        is_blocked |= is_strict && self.listeners.values().any(|l| l.generation == generation && l.leaving);
         let mut count = Vec::new();
         for id in workers {
             let Some(state) = self.workers.get(&id).map(|worker| worker.state) else { continue };
@@ -172,11 +173,14 @@ impl Master {
                     count.push(id);
                 }
                 WorkerState::Emptying if self.is_empty(id) && !is_blocked => self.tell_stop(id),
-                WorkerState::Idling { until } if self.now >= until && !is_blocked => self.tell_stop(id),
+                WorkerState::Idling { until } if self.now >= until && !is_blocked && self.is_empty(id) => {
+                    self.tell_stop(id)
+                }
                 WorkerState::Idling { .. } => count.push(id),
                 WorkerState::Stopping { told, drained } => self.let_listeners_go(id, told, drained),
                 WorkerState::Spawning
                 | WorkerState::Starting { .. }
+                | WorkerState::Proving
                 | WorkerState::Ready
                 | WorkerState::Joining
                 | WorkerState::Serving

@@ -79,7 +79,8 @@ pub(crate) struct KeyRange {
 }
 
 /// Keys in a group's array: enough for two generations of 1,024 workers with several listeners each.
-pub(crate) const KEYS_MAX: u32 = 8192;
+/// The few above them are the shell's, for proving workers.
+pub(crate) const KEYS_MAX: u32 = 8190;
 
 impl Keys {
     /// The range of a generation.

@@ -129,8 +129,7 @@ impl Master {
             });
         }
         let wanted = InForce::Ranges(ranges.clone());
-        let is_empty = !self.listeners.values().any(|listener| listener.group == id);
-        if is_empty && target.is_empty() {
+        if target.is_empty() && self.groups.get(&id).is_none_or(|group| group.in_force == InForce::Nothing) {
             return;
         }
         if self.groups.get(&id).is_some_and(|group| group.in_force != wanted) {
@@ -476,7 +475,7 @@ impl Master {
     /// The kernel refused: that ends an upgrade that is steering; otherwise it is tried again.
     fn refused(&mut self, id: GroupId, errno: i32) {
         if let Some(group) = self.groups.get_mut(&id) {
-            group.in_force = InForce::Nothing;
+            group.in_force = InForce::Unknown;
             group.work = Work::Refused;
         }
         self.report(Report::SteerFailed(id, errno));

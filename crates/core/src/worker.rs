@@ -23,6 +23,8 @@ pub enum WorkerState {
         /// READY=1 came; its listeners are being looked for.
         notified: bool,
     },
+    /// Its listeners exist; whether it accepts from them is being tried.
+    Proving,
     /// Proven: its listeners exist, or are bound. Not chosen by anyone.
     Ready,
     /// Its bound sockets are being listened on.
@@ -58,7 +60,7 @@ impl WorkerState {
     /// Whether it ever got to the point of being proven.
     pub(crate) fn is_starting(self) -> bool {
         match self {
-            WorkerState::Spawning | WorkerState::Starting { .. } => true,
+            WorkerState::Spawning | WorkerState::Starting { .. } | WorkerState::Proving => true,
             WorkerState::Ready
             | WorkerState::Joining
             | WorkerState::Serving
@@ -80,6 +82,7 @@ impl WorkerState {
             | WorkerState::Remains { .. } => true,
             WorkerState::Spawning
             | WorkerState::Starting { .. }
+            | WorkerState::Proving
             | WorkerState::Ready
             | WorkerState::Joining
             | WorkerState::Serving

@@ -19,6 +19,15 @@ struct Client {
     excused: bool,
 }
 
+/// What a connection given to anybody else than those steered to may expect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stray {
+    Forbidden,
+    /// It happens, but it must be served.
+    Served,
+    Excused,
+}
+
 pub(crate) struct Oracle {
     engine: Engine,
     pub(crate) protocol: Protocol,
@@ -184,37 +193,39 @@ impl Oracle {
             });
             if !is_right {
                 self.tally.strays += 1;
-                let may = self.may_stray(group, listener, hashed, kernel, workers);
+                let stray = self.stray(group, listener, hashed, kernel, workers);
+                let owner = socket.owner;
                 assert!(
-                    may,
-                    "connection {connection} to {group:?} strayed to {listener:?} of {:?}",
-                    socket.owner
+                    stray != Stray::Forbidden,
+                    "connection {connection} to {group:?} strayed to {listener:?} of {owner:?}"
                 );
-                excused = self.disturbed.contains(&group);
+                excused = stray == Stray::Excused;
             }
         }
         self.clients.insert(connection, Client { since: now, excused });
     }
 
-    /// `cbpf` has two holes: slots that move before the master can know, and, while the only listener steered to moves,
-    /// the old listeners, which must still accept then.
-    fn may_stray(
+    /// `cbpf` has its holes: slots that move before the master can know, a program it can't replace, strangers; and,
+    /// while the only listener steered to moves, the old ones, which must still accept then.
+    fn stray(
         &self,
         group: GroupId,
         listener: ListenerId,
         hashed: bool,
         kernel: &Kernel,
         workers: &Workers,
-    ) -> bool {
-        if self.disturbed.contains(&group) {
-            return true;
-        }
+    ) -> Stray {
         let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
-            return false;
+            return Stray::Forbidden;
         };
+        let Some(owner) = kernel.sockets[&listener].owner.map(|owner| &workers[&owner]) else {
+            return if hashed || self.disturbed.contains(&group) { Stray::Excused } else { Stray::Forbidden };
+        };
+        if self.disturbed.contains(&group) || (self.protocol.steer_failed(group) && !owner.temper.handover) {
+            return Stray::Excused;
+        }
         let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
-        let owner = kernel.sockets[&listener].owner.map(|owner| &workers[&owner]);
-        hashed && slots <= 1 && owner.is_some_and(|worker| worker.runs)
+        if hashed && slots <= 1 && owner.runs { Stray::Served } else { Stray::Forbidden }
     }
 
     pub(crate) fn accepted(&mut self, connection: u64) {
@@ -240,7 +251,8 @@ impl Oracle {
         }
         let owner = socket.owner.map(|owner| &workers[&owner]);
         if self.engine == Engine::Cbpf
-            && owner.is_some_and(|worker| !worker.runs && (is_removed || !worker.temper.handover))
+            && owner.is_some_and(|worker| !worker.runs)
+            && (is_removed || !self.has_taker(socket.group, workers))
             && let Some(count) = self.admitted.get_mut(&loss.listener)
             && *count > 0
         {
@@ -249,6 +261,19 @@ impl Oracle {
             return;
         }
         panic!("connection {loss:?} of {:?} was lost: {client:?}, age {age:?}", socket.owner);
+    }
+
+    /// Somebody could have taken leftovers, and nobody would have refused.
+    fn has_taker(&self, group: GroupId, workers: &Workers) -> bool {
+        let wanted = self.steered.get(&group).copied().flatten();
+        let serves = |id: &WorkerId, worker: &Worker| {
+            worker.temper.handover
+                && worker.runs
+                && Some(worker.generation) == wanted
+                && self.protocol.is_serving(*id)
+        };
+        let mut takers = workers.iter().filter(|(id, worker)| serves(id, worker)).peekable();
+        takers.peek().is_some() && takers.all(|(_, worker)| worker.temper.takes)
     }
 
     /// After an event and all that followed from it.

@@ -56,7 +56,7 @@ pub(crate) struct Temper {
     child: Option<bool>,
     /// Pause before each accept, at most.
     accept: u64,
-    takes: bool,
+    pub(crate) takes: bool,
     /// Sockets per address of an unmodified worker.
     sockets: u8,
 }

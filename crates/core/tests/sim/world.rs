@@ -257,6 +257,10 @@ impl World {
                 Order::Stop => self.told_to_stop(worker),
                 Order::Take(listener) => self.told_to_take(worker, listener),
             },
+            Command::Prove { worker } => {
+                let accepted = self.fault(10).is_ok();
+                self.answer(Event::Proved { worker, accepted });
+            }
             Command::CheckRemains { worker } => {
                 let left = self.workers[&worker].child;
                 self.answer(Event::Remains { worker, left });

@@ -44,6 +44,8 @@ pub enum Cond {
     Eq = 0x10,
     /// Greater than.
     Gt = 0x20,
+    /// Greater than or equal.
+    Ge = 0x30,
     /// Not equal.
     Ne = 0x50,
     /// Less than.
@@ -179,6 +181,12 @@ impl Assembler {
     /// Calls a kernel helper by number.
     pub fn call(&mut self, helper: i32) {
         self.push(CALL, Reg::R0, Reg::R0, 0, helper);
+    }
+
+    /// Index of the next instruction.
+    #[must_use]
+    pub fn offset(&self) -> u32 {
+        u32::try_from(self.insns.len()).unwrap_or(u32::MAX)
     }
 
     /// Calls the function at `label`: arguments in R1 to R5, result in R0, R6 to R9 are kept.

@@ -21,14 +21,16 @@
 //!
 //! There is no jump backwards: with CAP_BPF alone (no CAP_PERFMON) the verifier also follows branches the processor
 //! might only guess, on which a loop's counter is unknown and the loop looks endless. Instead a function that tries
-//! one key is called by one that tries 8, called by one that tries 64, called by one that tries a range. For the same
-//! reason ranges are map entries and not fields of a larger record: a computed offset would be refused.
+//! one key is called 32 times by one that is called 32 times; type information ([`super::btf`]) lets the verifier
+//! look at each of them once. For the same reason ranges are map entries and not fields of a larger record: a
+//! computed offset would be refused.
 
 use super::asm::{AsmError, Assembler, Cond, Insn, Op, Reg, Size};
+use super::btf::Function;
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 use Size::{Double, Half, Word};
 
-/// Keys a range may have: 16 x 8 x 8.
+/// Keys a range may have: 32 x 32.
 pub const RANGE_KEYS_MAX: u32 = 1024;
 /// Entries of the plans map that make one plan record; unused ones are zero.
 pub const RANGES: usize = 4;
@@ -74,12 +76,8 @@ const SK_PASS: i32 = 1;
 
 // The stack frame.
 const KEY: i16 = -4;
-const BASE: i16 = -8;
-const COUNT: i16 = -12;
-const COUNTER: i16 = -16;
-const TRIED: i16 = -20;
-const EXHAUSTED: i16 = -24;
-const ADDRESS: i16 = -40;
+const COUNTER: i16 = -8;
+const ADDRESS: i16 = -24;
 
 /// The program's maps, as descriptors of this process.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +94,15 @@ pub struct Maps {
     pub probes: i32,
 }
 
+/// Instructions and the functions they make up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// All instructions.
+    pub insns: Vec<Insn>,
+    /// Its functions in order; the first is where the kernel enters.
+    pub functions: Vec<Function>,
+}
+
 /// `Ethernet` protocol number as the context shows it: network byte order in a u32.
 #[must_use]
 pub fn eth_protocol(ipv6: bool) -> u32 {
@@ -106,16 +113,15 @@ pub fn eth_protocol(ipv6: bool) -> u32 {
 ///
 /// # Errors
 /// Never with the program as it is written; the type keeps a mistake from becoming a wrong jump.
-pub fn build(maps: &Maps) -> Result<Vec<Insn>, AsmError> {
+pub fn build(maps: &Maps) -> Result<Program, AsmError> {
     let mut asm = Assembler::new();
     asm.alu(Op::Mov, R6, R1);
     probe(&mut asm, maps);
     choose_range(&mut asm, maps);
     try_ranges(&mut asm, maps);
     ends(&mut asm, maps);
-    range_function(&mut asm);
-    key_functions(&mut asm, maps);
-    asm.finish()
+    let functions = functions(&mut asm, maps);
+    Ok(Program { insns: asm.finish()?, functions })
 }
 
 /// R0 = address of `map[key on the stack]`; goes to `missing` when there is none.
@@ -127,12 +133,12 @@ fn lookup(asm: &mut Assembler, map: i32, missing: &'static str) {
     asm.jump_if_imm(Cond::Eq, R0, 0, missing);
 }
 
-/// R0 = result of selecting the socket under the key in the frame.
-fn select(asm: &mut Assembler, maps: &Maps, frame: Reg) {
-    asm.alu(Op::Mov, R3, frame);
-    asm.alu_imm(Op::Add, R3, i32::from(KEY));
+/// R0 = result of selecting the socket under the key on the stack.
+fn select(asm: &mut Assembler, maps: &Maps) {
     asm.alu(Op::Mov, R1, R6);
     asm.load_map(R2, maps.sockets);
+    asm.alu(Op::Mov, R3, R10);
+    asm.alu_imm(Op::Add, R3, i32::from(KEY));
     asm.alu_imm(Op::Mov, R4, 0);
     asm.call(HELPER_SELECT);
 }
@@ -185,7 +191,7 @@ fn probe(asm: &mut Assembler, maps: &Maps) {
     }
     asm.load(Word, R1, R8, PROBE_KEY);
     asm.store(Word, R10, KEY, R1);
-    select(asm, maps, R10);
+    select(asm, maps);
     // A probed worker that has gone is no reason to lose the client.
     asm.jump_if_imm(Cond::Ne, R0, 0, "plan");
     asm.alu_imm(Op::Mov, R0, SK_PASS);
@@ -229,70 +235,59 @@ fn try_ranges(asm: &mut Assembler, maps: &Maps) {
 }
 
 fn try_range(asm: &mut Assembler) {
+    asm.load(Word, R1, R0, RANGE_COUNTER);
+    asm.store(Word, R10, COUNTER, R1);
     asm.alu(Op::Mov, R1, R6);
-    asm.alu(Op::Mov, R2, R10);
-    asm.alu(Op::Mov, R3, R0);
+    asm.load(Word, R2, R0, RANGE_BASE);
+    asm.load(Word, R3, R0, RANGE_COUNT);
     asm.call_function("range");
     asm.jump_if_imm(Cond::Eq, R0, 0, "found");
 }
 
-/// `range(ctx, frame, record)`: 0 when a listener was selected.
-fn range_function(asm: &mut Assembler) {
-    asm.label("range");
-    for (field, slot) in [(RANGE_BASE, BASE), (RANGE_COUNT, COUNT), (RANGE_COUNTER, COUNTER)] {
-        asm.load(Word, R4, R3, field);
-        asm.store(Word, R2, slot, R4);
-    }
-    asm.store_imm(Word, R2, TRIED, 0);
-    asm.store_imm(Word, R2, EXHAUSTED, 0);
-    repeat(asm, 16, "64 keys", "range ends");
-    asm.exit();
-    asm.label("range ends");
-    asm.load(Word, R0, R7, EXHAUSTED);
-    asm.exit();
-}
+/// `range(ctx, base, count)`, `keys(ctx, base, count, tried)` and `key(ctx, base, count, tried)`: 0 when a listener
+/// was selected. They try all keys of a range, 32 of them, and one.
+fn functions(asm: &mut Assembler, maps: &Maps) -> Vec<Function> {
+    let mut functions = vec![Function { name: "steer", offset: 0, numbers: 0 }];
+    let mut begin = |asm: &mut Assembler, name, numbers| {
+        functions.push(Function { name, offset: asm.offset(), numbers });
+        asm.label(name);
+    };
+    begin(asm, "range", 2);
+    asm.alu_imm(Op::Mov, R4, 0);
+    repeat(asm, "keys", 32, "range ends");
+    begin(asm, "keys", 3);
+    repeat(asm, "key", 1, "keys end");
 
-/// Calls `function(ctx, frame)` so many times, or until it returns 0 and the way leads to `end`.
-fn repeat(asm: &mut Assembler, times: usize, function: &'static str, end: &'static str) {
+    begin(asm, "key", 3);
     asm.alu(Op::Mov, R6, R1);
-    asm.alu(Op::Mov, R7, R2);
-    for _ in 0..times {
-        asm.alu(Op::Mov, R1, R6);
-        asm.alu(Op::Mov, R2, R7);
-        asm.call_function(function);
-        asm.jump_if_imm(Cond::Eq, R0, 0, end);
-    }
-}
-
-/// `64 keys`, `8 keys` and `1 key`, all `(ctx, frame)`: 0 when a listener was selected or the range is exhausted.
-fn key_functions(asm: &mut Assembler, maps: &Maps) {
-    asm.label("64 keys");
-    repeat(asm, 8, "8 keys", "64 keys end");
-    asm.label("64 keys end");
-    asm.exit();
-    asm.label("8 keys");
-    repeat(asm, 8, "1 key", "8 keys end");
-    asm.label("8 keys end");
-    asm.exit();
-
-    asm.label("1 key");
-    asm.alu(Op::Mov, R6, R1);
-    asm.load(Word, R1, R2, TRIED);
-    asm.load(Word, R3, R2, COUNT);
-    asm.jump_if(Cond::Lt, R1, R3, "try");
-    asm.store_imm(Word, R2, EXHAUSTED, 1);
-    asm.alu_imm(Op::Mov, R0, 0);
-    asm.exit();
-    asm.label("try");
-    asm.load(Word, R4, R6, CTX_HASH);
-    asm.alu(Op::Add, R4, R1);
+    asm.load(Word, R5, R6, CTX_HASH);
+    asm.alu(Op::Add, R4, R5);
     asm.alu(Op::Mod, R4, R3);
-    asm.alu_imm(Op::Add, R1, 1);
-    asm.store(Word, R2, TRIED, R1);
-    asm.load(Word, R1, R2, BASE);
-    asm.alu(Op::Add, R4, R1);
-    asm.store(Word, R2, KEY, R4);
-    select(asm, maps, R2);
+    asm.alu(Op::Add, R2, R4);
+    asm.store(Word, R10, KEY, R2);
+    select(asm, maps);
+    asm.exit();
+    functions
+}
+
+/// The body of a function that calls another 32 times with `tried` growing by `step`, while the range has more keys.
+fn repeat(asm: &mut Assembler, function: &'static str, step: i32, way_out: &'static str) {
+    let arguments = [(R1, R6), (R2, R7), (R3, R8), (R4, R9)];
+    for (argument, kept) in arguments {
+        asm.alu(Op::Mov, kept, argument);
+    }
+    // What is returned if the range has no keys at all.
+    asm.alu_imm(Op::Mov, R0, 1);
+    for _ in 0..32 {
+        asm.jump_if(Cond::Ge, R9, R8, way_out);
+        for (argument, kept) in arguments {
+            asm.alu(Op::Mov, argument, kept);
+        }
+        asm.call_function(function);
+        asm.jump_if_imm(Cond::Eq, R0, 0, way_out);
+        asm.alu_imm(Op::Add, R9, step);
+    }
+    asm.label(way_out);
     asm.exit();
 }
 

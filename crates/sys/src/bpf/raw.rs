@@ -1,9 +1,11 @@
 //! The `bpf(2)` commands the steering engine needs, and nothing more.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use super::asm::{AsmError, Insn};
+use super::asm::AsmError;
+use super::btf;
+use super::program::Program;
 
 /// Why a BPF action failed.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +90,7 @@ const BPF_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_PROG_LOAD: i32 = 5;
+const BPF_BTF_LOAD: i32 = 18;
 const BPF_PROG_TYPE_SK_REUSEPORT: u32 = 21;
 const BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: u32 = 40;
 const LOG_BYTES: usize = 256 * 1024;
@@ -130,6 +133,25 @@ struct LoadAttr {
     prog_name: [u8; 16],
     prog_ifindex: u32,
     expected_attach_type: u32,
+    prog_btf_fd: u32,
+    func_info_rec_size: u32,
+    func_info: u64,
+    func_info_cnt: u32,
+    line_info_rec_size: u32,
+    line_info: u64,
+    line_info_cnt: u32,
+    attach_btf_id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct TypesAttr {
+    btf: u64,
+    log_buf: u64,
+    size: u32,
+    log_size: u32,
+    log_level: u32,
+    log_true_size: u32,
 }
 
 /// Calls `bpf(2)`.
@@ -214,11 +236,13 @@ pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
 /// Loads an `sk_reuseport` program that selects for new connections and for migrations.
 ///
 /// Only a failure pays for the verifier's log: the program is loaded a second time to read it.
-pub(super) fn load_program(name: &str, insns: &[Insn]) -> Result<OwnedFd, BpfError> {
+pub(super) fn load_program(name: &str, program: &Program) -> Result<OwnedFd, BpfError> {
+    let (types, infos) = btf::describe(&program.functions);
+    let types = load_types(&types).map_err(|source| BpfError::Load { source, log: String::new() })?;
     let mut log = Vec::new();
-    let fd = load_with_log(name, insns, &mut log).or_else(|_| {
+    let fd = load_with_log(name, program, (types.as_fd(), &infos), &mut log).or_else(|_| {
         log = vec![0; LOG_BYTES];
-        load_with_log(name, insns, &mut log)
+        load_with_log(name, program, (types.as_fd(), &infos), &mut log)
     });
     let fd = fd.map_err(|source| {
         let text: Vec<u8> = log.into_iter().take_while(|&byte| byte != 0).collect();
@@ -228,21 +252,37 @@ pub(super) fn load_program(name: &str, insns: &[Insn]) -> Result<OwnedFd, BpfErr
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn load_with_log(name: &str, insns: &[Insn], log: &mut [u8]) -> io::Result<i32> {
-    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+/// Hands type information to the kernel.
+fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
+    let size = u32::try_from(types.len()).map_err(io::Error::other)?;
+    let mut attr = TypesAttr { btf: types.as_ptr() as u64, size, ..Default::default() };
+    // SAFETY: the blob lives across the call and has the size given; the descriptor is new and ours.
+    unsafe { bpf(BPF_BTF_LOAD, &mut attr).map(|fd| OwnedFd::from_raw_fd(fd)) }
+}
+
+fn load_with_log(
+    name: &str,
+    program: &Program,
+    (types, infos): (BorrowedFd<'_>, &[[u32; 2]]),
+    log: &mut [u8],
+) -> io::Result<i32> {
     let mut attr = LoadAttr {
         prog_type: BPF_PROG_TYPE_SK_REUSEPORT,
-        insn_cnt: u32::try_from(insns.len()).map_err(invalid)?,
-        insns: insns.as_ptr() as u64,
+        insn_cnt: u32::try_from(program.insns.len()).map_err(io::Error::other)?,
+        insns: program.insns.as_ptr() as u64,
         // The helpers this program calls are open to any licence; the kernel wants the field all the same.
         license: c"Dual MIT/GPL".as_ptr() as u64,
         log_level: u32::from(!log.is_empty()),
-        log_size: u32::try_from(log.len()).map_err(invalid)?,
+        log_size: u32::try_from(log.len()).map_err(io::Error::other)?,
         log_buf: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
         prog_name: short_name(name),
         expected_attach_type: BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
+        prog_btf_fd: raw(types),
+        func_info_rec_size: 8,
+        func_info: infos.as_ptr() as u64,
+        func_info_cnt: u32::try_from(infos.len()).map_err(io::Error::other)?,
         ..Default::default()
     };
-    // SAFETY: instructions, licence and log live across the call and have the sizes given.
+    // SAFETY: instructions, licence, function records and log live across the call and have the sizes given.
     unsafe { bpf(BPF_PROG_LOAD, &mut attr) }
 }

@@ -97,14 +97,14 @@ impl EbpfGroup {
         let counters =
             raw::create_map(MapType::Array, "rupd_counters", bytes(COUNTER_BYTES), COUNTER_SLOTS + 1)?;
         let probes = raw::create_map(MapType::Array, "rupd_probes", bytes(PROBE_BYTES), PROBE_RECORDS)?;
-        let insns = program::build(&Maps {
+        let program = program::build(&Maps {
             sockets: sockets.as_raw_fd(),
             plans: plans.as_raw_fd(),
             control: control.as_raw_fd(),
             counters: counters.as_raw_fd(),
             probes: probes.as_raw_fd(),
         })?;
-        let program = raw::load_program("rupd_steer", &insns)?;
+        let program = raw::load_program("rupd_steer", &program)?;
         let group = EbpfGroup { sockets, plans, control, counters, probes, program };
         group.select(PLAN_RECORDS - 1)?;
         Ok(group)
