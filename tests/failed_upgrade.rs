@@ -98,10 +98,10 @@ fn failures_lose_nothing(engine: &'static str, mode: &str) {
                 assert!(reason.contains(name), "{name:?} is not in the reason of {told}");
             }
         }
-        std::fs::write(&app.path, "[app]\ncomand = [\"x\"]\n").unwrap();
+        app.write_invalid();
         let done = master.cli("upgrade --wait");
         assert_eq!(done.code, 2, "{done:#?}");
-        assert!(done.stderr.contains("comand"), "{done:#?}");
+        assert!(done.stderr.contains("nonsense"), "{done:#?}");
         assert_eq!(master.serving(), before, "the old generation has been touched");
         app.write();
         let receipt = master.upgrade();

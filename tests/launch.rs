@@ -15,7 +15,7 @@ fn reporting(world: &World, options: &str) -> App {
     let directory = world.path("");
     let text = format!(
         "#!/bin/sh\ncd_was=$(pwd)\ncd {directory} || exit 9\n\
-         ls -l /proc/$$/fd > fds\ncat /proc/$$/status > status\ntr '\\0' '\\n' < /proc/$$/environ > environ\n\
+         (ls -l /proc/$$/fd > fds)\ncat /proc/$$/status > status\ntr '\\0' '\\n' < /proc/$$/environ > environ\n\
          cat /proc/$$/limits > limits\ncat /proc/$$/stat > stat\numask > umask\necho \"$cd_was\" > cwd\n\
          echo \"$@\" > arguments\nexec \"$@\"\n",
         directory = directory.display(),

@@ -55,10 +55,10 @@ fn a_reload_that_fails_is_over_too() {
         app.command = test_worker("--mode plain --fail exit-before-ready --code 7");
         app.write();
         master.hup();
-        std::fs::write(&app.path, "[app]\ncomand = [\"x\"]\n").unwrap();
+        app.write_invalid();
         master.hup();
         let told = master.manager.told().split_off(mark).join("\n");
-        assert!(told.contains("status 7") && told.contains("comand"), "{told}");
+        assert!(told.contains("status 7") && told.contains("nonsense"), "{told}");
         assert_eq!(master.status().active_generation, Some(1));
         app.command = test_worker("--mode plain");
         app.write();

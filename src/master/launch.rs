@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 
+use nix::sys::resource::Resource;
 use reuseportd_core::{Generation, Seat, WorkerId};
 use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
@@ -153,11 +154,15 @@ impl Shell {
         let directory =
             app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
         let directory = directory.transpose().map_err(nul)?;
-        let limits: Vec<Limit> = app
-            .limits
-            .iter()
-            .map(|(resource, value)| Limit { resource: *resource as u32, soft: *value, hard: *value })
-            .collect();
+        // The configured limits come last, and win.
+        let inherited = self.nofile.as_ref().map(|nofile| Limit {
+            resource: Resource::RLIMIT_NOFILE as u32,
+            soft: nofile.before.unwrap_or(u64::MAX),
+            hard: nofile.hard.unwrap_or(u64::MAX),
+        });
+        let configured =
+            app.limits.iter().map(|(resource, value)| Limit { resource: *resource as u32, soft: *value, hard: *value });
+        let limits: Vec<Limit> = inherited.into_iter().chain(configured).collect();
         let spec = SpawnSpec {
             executable: &launch.executable,
             argv: &argv,

@@ -29,6 +29,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use reuseportd_core::{Event, Generation, GroupId, GroupView, ListenerId, Master, Time, WorkerId};
+use reuseportd_sys::limits::Nofile;
 use reuseportd_sys::signals::SignalPipe;
 use reuseportd_wire::status as wire;
 
@@ -79,6 +80,8 @@ struct Shell {
     notify_rejected: u64,
     upstream: Upstream,
     signals: SignalPipe,
+    /// The limit of open files before the master raised its own: what workers get unless told otherwise.
+    nofile: Option<Nofile>,
     log_level: log::Level,
     /// From the command line.
     log_level_override: Option<tracing::Level>,

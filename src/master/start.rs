@@ -49,9 +49,7 @@ fn prepare(
     let text = |error: &dyn std::fmt::Display| error.to_string();
     signals::reset_inherited().map_err(|error| text(&error))?;
     let signals = SignalPipe::new().map_err(|error| format!("cannot catch signals: {error}"))?;
-    if let Err(error) = limits::raise_nofile() {
-        tracing::warn!(%error, "cannot raise the limit of open files");
-    }
+    let nofile = limits::raise_nofile().map_err(|error| tracing::warn!(%error, "cannot raise the limit of open files"));
     let runtime = Runtime::open(&config.control).map_err(|error| text(&error))?;
     let notify = runtime.notify_socket().map_err(|error| text(&error))?;
     let control = runtime.control_socket(&config.control).map_err(|error| text(&error))?;
@@ -92,6 +90,7 @@ fn prepare(
         notify_rejected: 0,
         upstream: Upstream::from_env(),
         signals,
+        nofile: nofile.ok(),
         log_level,
         log_level_override,
         runtime,

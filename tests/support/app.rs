@@ -86,6 +86,11 @@ impl App {
         std::fs::write(&self.path, self.text()).unwrap();
     }
 
+    /// Writes it with a table that nobody knows.
+    pub(crate) fn write_invalid(&self) {
+        std::fs::write(&self.path, self.text() + "[nonsense]\n").unwrap();
+    }
+
     fn text(&self) -> String {
         let mut text = String::new();
         let mut table = |header: &str, lines: Vec<String>| {

@@ -1,9 +1,9 @@
 //! The loads, and what is demanded of them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use reuseportd_bench::{Live, Report, Running, Spec};
+use reuseportd_bench::{Report, Running, Spec};
 
 use super::PATIENCE;
 use super::world::World;
@@ -41,9 +41,9 @@ impl Load {
         self.running.as_ref().expect("ended by `end` only")
     }
 
-    /// The counters now.
-    pub(crate) fn live(&self) -> Live {
-        self.running().live()
+    /// The instant from which the report counts.
+    pub(crate) fn started(&self) -> Instant {
+        self.running().started()
     }
 
     /// Waits for so many more answers.

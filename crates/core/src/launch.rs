@@ -433,6 +433,7 @@ impl Master {
     fn switched(&mut self, from: Option<Generation>, to: Generation) -> bool {
         self.report(Report::Switched(to));
         self.active = Some(to);
+        self.forgive_exits();
         if let Some(record) = self.generations.get_mut(&to) {
             record.state = GenerationState::Active;
         }

@@ -11,13 +11,15 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Slots(Vec<Member>);
 
 impl Slots {
-    /// Follows what happened since the last look. `false` if that can't be known for sure: several sockets left, and
-    /// in which order decides who sits where.
+    /// Follows what happened since the last look. `false` if that can't be known for sure: several sockets left, or
+    /// some left and some came, and in which order decides who sits where.
     pub(crate) fn sync(&mut self, members: &[Member]) -> bool {
         let is_there = |member: &Member| members.iter().any(|other| other.cookie == member.cookie);
         let stayed = self.0.iter().filter(|member| is_there(member)).count();
         let left_from_the_end = self.0.iter().take(stayed).all(is_there);
-        let is_sure = left_from_the_end || self.0.len() - stayed == 1;
+        let somebody_came = members.len() > stayed;
+        let left = self.0.len() - stayed;
+        let is_sure = left == 0 || (!somebody_came && (left_from_the_end || left == 1));
         for slot in (0..self.0.len()).rev() {
             if !is_there(&self.0[slot]) {
                 self.0.swap_remove(slot);

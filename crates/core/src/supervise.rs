@@ -149,6 +149,15 @@ impl Master {
         }
     }
 
+    /// A new generation is another program: the exits of the old one are not held against it.
+    pub(crate) fn forgive_exits(&mut self) {
+        self.exits.clear();
+        if self.timers.is_armed(Timer::Breaker) {
+            self.timers.disarm(Timer::Breaker);
+            self.report(Report::BreakerClosed);
+        }
+    }
+
     pub(crate) fn close_breaker(&mut self) {
         self.exits.clear();
         self.report(Report::BreakerClosed);

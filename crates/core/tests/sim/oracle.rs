@@ -221,7 +221,10 @@ impl Oracle {
         let Some(owner) = kernel.sockets[&listener].owner.map(|owner| &workers[&owner]) else {
             return if hashed || self.disturbed.contains(&group) { Stray::Excused } else { Stray::Forbidden };
         };
-        if self.disturbed.contains(&group) || (self.protocol.steer_failed(group) && !owner.temper.handover) {
+        // The listeners of a worker with several of them leave one after the other, and nobody accepts from the rest.
+        let has_several = owner.temper.sockets > 1 && !owner.runs;
+        let is_old_program = self.protocol.steer_failed(group) && !owner.temper.handover;
+        if self.disturbed.contains(&group) || is_old_program || has_several {
             return Stray::Excused;
         }
         let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
@@ -251,7 +254,7 @@ impl Oracle {
         }
         let owner = socket.owner.map(|owner| &workers[&owner]);
         if self.engine == Engine::Cbpf
-            && owner.is_some_and(|worker| !worker.runs)
+            && owner.is_some_and(|worker| !worker.runs || worker.deserted)
             && (is_removed || !self.has_taker(socket.group, workers))
             && let Some(count) = self.admitted.get_mut(&loss.listener)
             && *count > 0

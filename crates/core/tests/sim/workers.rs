@@ -58,7 +58,7 @@ pub(crate) struct Temper {
     accept: u64,
     pub(crate) takes: bool,
     /// Sockets per address of an unmodified worker.
-    sockets: u8,
+    pub(crate) sockets: u8,
 }
 
 impl Temper {
@@ -84,7 +84,7 @@ impl Temper {
                 2 => temper.wrong = Some([Wrong::Missing, Wrong::Address, Wrong::NoReuseport][rng.index(3)]),
                 3 => temper.crash = Some(rng.between(1, 100) * MS),
                 4 => temper.crash = Some(rng.between(1, 8000) * MS),
-                5 => temper.closes = Some(rng.between(1, 4000) * MS),
+                5 if !handover => temper.closes = Some(rng.between(1, 4000) * MS),
                 6 => temper.stop = [StopHow::AtOnce, StopHow::Hasty][rng.index(2)],
                 7 => temper.stop = [StopHow::Ignores, StopHow::Hangs][rng.index(2)],
                 8 => temper.child = Some(true),

@@ -321,6 +321,8 @@ impl World {
             }
             Command::Observe { group } => {
                 let view = self.kernel.observe(group);
+                let slots = self.kernel.groups.get(&group).map(|group| &group.slots);
+                self.trace(format_args!("      slots of {group:?}: {slots:?}"));
                 self.answer(Event::Observed { group, view });
             }
             _ => {}

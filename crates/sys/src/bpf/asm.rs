@@ -58,8 +58,6 @@ pub enum Cond {
 pub enum Op {
     /// Addition.
     Add = 0x00,
-    /// Bitwise and.
-    And = 0x50,
     /// Shift left.
     Shl = 0x60,
     /// Unsigned remainder; a zero divisor leaves the value as it is.
@@ -258,6 +256,18 @@ mod tests {
         let insns = asm.finish().unwrap();
         assert_eq!((insns[0].off, insns[1].off), (1, -2));
         assert_eq!(insns[0].bytes(), [0x15, 1, 1, 0, 7, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_call_carries_its_distance_in_the_immediate() {
+        let mut asm = Assembler::new();
+        asm.call_function("callee");
+        asm.exit();
+        assert_eq!(asm.offset(), 2);
+        asm.label("callee");
+        asm.exit();
+        let call = asm.finish().unwrap()[0];
+        assert_eq!((call.regs, call.off, call.imm), (0x10, 0, 1));
     }
 
     #[test]
