@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::world::*;
 
 fn open_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
+    std::fs::read_dir("/proc/thread-self/fd").unwrap().count()
 }
 
 #[test]
@@ -49,64 +49,65 @@ fn a24_a_socket_bound_here_is_made_to_listen_there() {
 
 #[test]
 fn a_channel_keeps_datagrams_apart_and_tells_its_end() {
-    let (master, worker) = seqpacket_pair().unwrap();
-    let mut buffer = [0; 8];
-    let empty = recv_with_fds(master.as_fd(), &mut buffer).unwrap_err();
-    assert_eq!(empty.kind(), ErrorKind::WouldBlock, "the master's end never blocks");
-    send_with_fds(worker.as_fd(), b"one", &[]).unwrap();
-    send_with_fds(worker.as_fd(), b"two", &[]).unwrap();
-    assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap().bytes, 3);
-    assert_eq!(&buffer[..3], b"one");
-    assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap().bytes, 3);
-    send_with_fds(worker.as_fd(), b"too long for that", &[]).unwrap();
-    assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap_err().kind(), ErrorKind::InvalidData);
-    drop(worker);
-    assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap().bytes, 0);
-    assert_eq!(send_with_fds(master.as_fd(), b"hello?", &[]).unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    with(&[], || {
+        let (master, worker) = seqpacket_pair().unwrap();
+        let mut buffer = [0; 8];
+        let empty = recv_with_fds(master.as_fd(), &mut buffer).unwrap_err();
+        assert_eq!(empty.kind(), ErrorKind::WouldBlock, "the master's end never blocks");
+        send_with_fds(worker.as_fd(), b"one", &[]).unwrap();
+        send_with_fds(worker.as_fd(), b"two", &[]).unwrap();
+        assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap().bytes, 3);
+        assert_eq!(&buffer[..3], b"one");
+        assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap().bytes, 3);
+        send_with_fds(worker.as_fd(), b"too long for that", &[]).unwrap();
+        assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap_err().kind(), ErrorKind::InvalidData);
+        drop(worker);
+        assert_eq!(recv_with_fds(master.as_fd(), &mut buffer).unwrap().bytes, 0);
+        assert_eq!(
+            send_with_fds(master.as_fd(), b"hello?", &[]).unwrap_err().raw_os_error(),
+            Some(libc::EPIPE)
+        );
+    });
 }
 
 #[test]
 fn peers_are_known_by_their_credentials() {
-    let (left, _right) = seqpacket_pair().unwrap();
-    let peer = socket::peer_credentials(left.as_fd()).unwrap();
-    assert_eq!(peer.pid.cast_unsigned(), std::process::id());
-    assert_eq!(peer.uid, rustix::process::getuid().as_raw());
+    with(&[], || {
+        let (left, _right) = seqpacket_pair().unwrap();
+        let peer = socket::peer_credentials(left.as_fd()).unwrap();
+        assert_eq!(peer.pid.cast_unsigned(), std::process::id());
+        assert_eq!(peer.uid, rustix::process::getuid().as_raw());
+    });
 }
 
-/// Runs alone in a process of its own, because it counts the descriptors of the whole process.
 #[test]
 fn no_descriptor_is_ever_leaked_by_a_sender() {
-    if std::env::var_os("REUSEPORTD_TEST_ALONE").is_none() {
-        let name = "handover::no_descriptor_is_ever_leaked_by_a_sender";
-        let alone = std::process::Command::new(std::env::current_exe().unwrap())
-            .args([name, "--exact", "--test-threads=1"])
-            .env("REUSEPORTD_TEST_ALONE", "1")
-            .output()
-            .unwrap();
-        assert!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stdout));
-        return;
-    }
-    let (ours, theirs) = seqpacket_pair().unwrap();
-    socket::pass_credentials(ours.as_fd()).unwrap();
-    let some: Vec<OwnedFd> = (0..FDS_MAX).map(|_| theirs.try_clone().unwrap()).collect();
-    let some: Vec<_> = some.iter().map(AsFd::as_fd).collect();
-    let mut buffer = [0; 64];
-    let before = open_descriptors();
-    for _ in 0..20 {
-        send_with_fds(theirs.as_fd(), b"READY=1", &some).unwrap();
-        let (bytes, sender) = recv_with_credentials(ours.as_fd(), &mut buffer).unwrap();
-        assert_eq!((&buffer[..bytes], sender.pid.cast_unsigned()), (&b"READY=1"[..], std::process::id()));
-    }
-    assert_eq!(open_descriptors(), before);
-    send_with_fds(theirs.as_fd(), b"all", &some).unwrap();
-    assert_eq!(recv_with_fds(ours.as_fd(), &mut buffer).unwrap().fds.len(), FDS_MAX);
-    assert_eq!(open_descriptors(), before);
-    // More than the receiver has room for: an error, and what did arrive is closed.
-    send_raw(theirs.as_raw_fd(), &vec![theirs.as_raw_fd(); 200]);
-    assert_eq!(recv_with_fds(ours.as_fd(), &mut buffer).unwrap_err().kind(), ErrorKind::InvalidData);
-    assert_eq!(open_descriptors(), before);
-    let too_many = vec![theirs.as_fd(); FDS_MAX + 1];
-    assert_eq!(send_with_fds(theirs.as_fd(), b"", &too_many).unwrap_err().kind(), ErrorKind::InvalidInput);
+    with(&[], || {
+        let (ours, theirs) = seqpacket_pair().unwrap();
+        socket::pass_credentials(ours.as_fd()).unwrap();
+        let some: Vec<OwnedFd> = (0..FDS_MAX).map(|_| theirs.try_clone().unwrap()).collect();
+        let some: Vec<_> = some.iter().map(AsFd::as_fd).collect();
+        let mut buffer = [0; 64];
+        let before = open_descriptors();
+        for _ in 0..20 {
+            send_with_fds(theirs.as_fd(), b"READY=1", &some).unwrap();
+            let (bytes, sender) = recv_with_credentials(ours.as_fd(), &mut buffer).unwrap();
+            assert_eq!((&buffer[..bytes], sender.pid.cast_unsigned()), (&b"READY=1"[..], std::process::id()));
+        }
+        assert_eq!(open_descriptors(), before);
+        send_with_fds(theirs.as_fd(), b"all", &some).unwrap();
+        assert_eq!(recv_with_fds(ours.as_fd(), &mut buffer).unwrap().fds.len(), FDS_MAX);
+        assert_eq!(open_descriptors(), before);
+        // More than the receiver has room for: an error, and what did arrive is closed.
+        send_raw(theirs.as_raw_fd(), &vec![theirs.as_raw_fd(); 200]);
+        assert_eq!(recv_with_fds(ours.as_fd(), &mut buffer).unwrap_err().kind(), ErrorKind::InvalidData);
+        assert_eq!(open_descriptors(), before);
+        let too_many = vec![theirs.as_fd(); FDS_MAX + 1];
+        assert_eq!(
+            send_with_fds(theirs.as_fd(), b"", &too_many).unwrap_err().kind(),
+            ErrorKind::InvalidInput
+        );
+    });
 }
 
 /// Sends more descriptors than our own function would.

@@ -21,7 +21,8 @@ pub(crate) enum Need {
     Bpf,
 }
 
-/// Runs a test on a thread of its own, in a network namespace of its own where one can be had.
+/// Runs a test on a thread of its own, with descriptors of its own, and in a network namespace of its own where one
+/// can be had.
 pub(crate) fn with(needs: &[Need], test: fn()) {
     let has_network = capability::has_net_admin();
     for (need, is_met, reason) in [
@@ -33,6 +34,7 @@ pub(crate) fn with(needs: &[Need], test: fn()) {
         }
     }
     let run = move || {
+        enter_own_descriptors();
         if has_network {
             enter_own_network();
         }
@@ -49,6 +51,13 @@ pub(crate) fn skip(reason: &str) {
         std::env::var("REUSEPORTD_TEST_REQUIRE").as_deref() != Ok("all"),
         "{name} was skipped but REUSEPORTD_TEST_REQUIRE=all: {reason}"
     );
+}
+
+/// Other tests fork; for a moment their children would hold what this test closes.
+fn enter_own_descriptors() {
+    // SAFETY: this thread has just begun and has opened nothing; the others keep their table.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 fn enter_own_network() {
