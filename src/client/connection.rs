@@ -52,7 +52,8 @@ impl Connection {
             Socket::new(Domain::UNIX, Type::STREAM, None).map_err(|error| failed("create", error))?;
         // A unix socket with a full accept queue makes connect() wait for so long.
         socket.set_write_timeout(Some(limit)).map_err(|error| failed("set up", error))?;
-        let address = SockAddr::unix(path).map_err(|error| failed("use the path", error))?;
+        let address =
+            SockAddr::unix(path).map_err(|source| ClientError::NoPath { path: path.to_owned(), source })?;
         let connected = socket.connect(&address);
         let connection = Self {
             path: path.to_owned(),

@@ -25,6 +25,8 @@ pub(super) enum ClientError {
          (run this as one of them)", path.display()
     )]
     NotAllowed { path: PathBuf, source: io::Error },
+    #[error("control socket {}: {source} (a socket path has 107 bytes at most)", path.display())]
+    NoPath { path: PathBuf, source: io::Error },
     #[error("control socket {}: cannot {action}: {source} (the master's log may tell more)", path.display())]
     Socket { path: PathBuf, action: &'static str, source: io::Error },
     #[error(
@@ -32,7 +34,7 @@ pub(super) enum ClientError {
         path.display(), words(*waited)
     )]
     Silent { path: PathBuf, waited: Duration },
-    #[error("--timeout of {} passed: what was asked for goes on (reuseportd status shows how)", words(*.0))]
+    #[error("--timeout of {} passed: what the master has taken on goes on (reuseportd status shows how)", words(*.0))]
     TimedOut(Duration),
     #[error(
         "control socket {}: closed before the answer came: the master ended, or does not let this user in \
@@ -58,7 +60,7 @@ impl ClientError {
     /// The exit code of the process.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) => 2,
+            Self::Config(_) | Self::NoPath { .. } => 2,
             Self::NoMaster { .. } => 3,
             Self::TimedOut(_) => 4,
             // A master that refuses with 0 would turn a refusal into a success.

@@ -51,11 +51,10 @@ fn run(master: &Master, ask: impl FnOnce(&Path) -> Result<(), ClientError>) -> E
     let done = master.socket().map_err(ClientError::from).and_then(|socket| ask(&socket));
     let Err(error) = done else { return ExitCode::SUCCESS };
     // Without a stderr the exit code still tells.
-    let _ = match &error {
-        // These bring their own heading.
-        ClientError::Config(errors) => writeln!(stderr(), "{errors}"),
-        _ => writeln!(stderr(), "error: {error}"),
-    };
+    let text = error.to_string();
+    // What is wrong with a config brings its own heading, from here and from the master.
+    let heading = if text.starts_with("error:") { "" } else { "error: " };
+    let _ = writeln!(stderr(), "{heading}{text}");
     ExitCode::from(error.exit_code())
 }
 

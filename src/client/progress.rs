@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use reuseportd_wire::status::Phase;
 
 use super::text::{escape, milliseconds};
@@ -31,7 +31,6 @@ impl Progress {
         match &self.bar {
             Some(bar) => {
                 if begins {
-                    bar.set_style(ProgressStyle::default_spinner());
                     bar.enable_steady_tick(Duration::from_millis(100));
                 }
                 bar.set_message(line);

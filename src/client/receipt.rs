@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use reuseportd_wire::status::{Outcome, Receipt, ReceiptListener};
+use reuseportd_wire::status::{Outcome, Phase, Receipt, ReceiptListener};
 
 use super::text::{Cell, Paint, Table, Tone, count, escape, milliseconds, wrap};
 
@@ -14,7 +14,8 @@ pub(super) fn render(receipt: &Receipt, paint: Paint) -> String {
     if !phases.is_empty() {
         text += &wrap(&phases.join(", "), 2);
     }
-    if !receipt.listeners.is_empty() {
+    // Before new connections are turned to another generation nothing happens to a listener.
+    if receipt.phases.iter().any(|time| matches!(time.phase, Phase::Canary | Phase::Switch)) {
         text += &listeners(&receipt.listeners).render(2, paint);
     }
     if receipt.outcome == Outcome::Completed || receipt.forced_kills > 0 {

@@ -78,12 +78,12 @@ const COMPLETED: &str = concat!(
     "\n",
     r#"{"reply":"progress","state":"launching","text":"3 of 4 ready","ready":3,"of":4}"#,
     "\n",
-    r#"{"reply":"receipt","receipt":{"from":3,"to":4,"trigger":"command","outcome":"completed","reason":null,"started_at":"2026-11-22T10:00:00Z","duration_ms":1812,"phases":[{"phase":"launching","ms":1640},{"phase":"retiring","ms":172}],"listeners":[{"name":"http","queued_at_switch":3,"half_open_at_switch":1,"half_open_abandoned":2,"migrated":null,"migrate_failures":0,"listen_drops":0,"leftovers_taken":0,"leftovers_lost":0}],"forced_kills":1,"connections_cut":null}}"#,
+    r#"{"reply":"receipt","receipt":{"from":3,"to":4,"trigger":"command","outcome":"completed","reason":null,"started_at":"2026-11-22T10:00:00Z","duration_ms":1812,"phases":[{"phase":"launching","ms":1640},{"phase":"switch","ms":0},{"phase":"retiring","ms":172}],"listeners":[{"name":"http","queued_at_switch":3,"half_open_at_switch":1,"half_open_abandoned":2,"migrated":null,"migrate_failures":0,"listen_drops":0,"leftovers_taken":0,"leftovers_lost":0}],"forced_kills":1,"connections_cut":null}}"#,
     "\n"
 );
 
 const ROLLED_BACK: &str = concat!(
-    r#"{"reply":"receipt","receipt":{"from":3,"to":4,"trigger":"command","outcome":"rolled_back","reason":"worker 0: exit status 7\nlast output: \u001b[2Jno","started_at":"2026-11-22T10:00:00Z","duration_ms":81,"phases":[],"listeners":[],"forced_kills":0,"connections_cut":0}}"#,
+    r#"{"reply":"receipt","receipt":{"from":3,"to":4,"trigger":"command","outcome":"rolled_back","reason":"worker 0: exit status 7\nlast output: \u001b[2Jno","started_at":"2026-11-22T10:00:00Z","duration_ms":81,"phases":[{"phase":"launching","ms":81}],"listeners":[{"name":"http","queued_at_switch":null,"half_open_at_switch":null,"migrated":0,"migrate_failures":0,"listen_drops":null}],"forced_kills":0,"connections_cut":0}}"#,
     "\n"
 );
 
@@ -103,7 +103,7 @@ fn an_upgrade_with_wait_ends_with_the_receipt() {
     assert_eq!(ended.code, 0, "{ended:?}");
     let picture = "\
 upgrade from generation 3 to 4: completed in 1.8 s (by command, 2026-11-22T10:00:00Z)
-  launching 1.6 s, retiring 172 ms
+  launching 1.6 s, switch 0 ms, retiring 172 ms
   LISTENER  QUEUED  HALF-OPEN  ABANDONED  MIGRATED  FAILED  DROPPED  TAKEN  LOST
   http           3          1          2         ?       0        0      0     0
   1 worker killed, ? open connections cut
@@ -126,6 +126,7 @@ fn an_upgrade_that_failed_is_told_with_its_reason_and_exit_code_1() {
         let said = "upgrade rolled back: worker 0: exit status 7\nlast output: \\u{1b}[2Jno";
         assert_eq!(ended.error, said, "terminal escapes are harmless");
         assert!(ended.out.contains(if json { "rolled_back" } else { "rolled back in 81 ms" }), "{ended:?}");
+        assert!(json || !ended.out.contains("LISTENER"), "nothing happened to the listeners: {ended:?}");
     }
 }
 
@@ -209,6 +210,12 @@ fn no_master_is_exit_code_3() {
     let ended = end(show_status(&socket, false, PATIENT, &mut Vec::new()));
     assert_eq!(ended.code, 3);
     assert!(ended.error.contains("refused"), "{ended:?}");
+}
+
+#[test]
+fn a_path_that_no_socket_can_have_is_wrong_usage() {
+    let ended = end(show_status(Path::new(&"x".repeat(108)), false, PATIENT, &mut Vec::new()));
+    assert_eq!(ended.code, 2, "{ended:?}");
 }
 
 #[test]

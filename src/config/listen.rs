@@ -119,7 +119,7 @@ fn near_address(text: &str) -> Option<SocketAddr> {
 }
 
 /// Why two addresses can't be steered apart: the kernel delivers to the more specific group first.
-fn clash(a: SocketAddr, b: SocketAddr) -> Option<&'static str> {
+pub(crate) fn clash(a: SocketAddr, b: SocketAddr) -> Option<&'static str> {
     let any = |ip: IpAddr| ip.is_unspecified();
     if a.port() != b.port() {
         None

@@ -31,6 +31,7 @@ use nix::sys::signal::Signal;
 
 pub(crate) use self::diagnose::ConfigErrors;
 pub(crate) use self::executable::find_executable;
+pub(crate) use self::listen::clash;
 pub(crate) use self::socket_path::runtime_directory;
 pub(crate) use self::values::parse_duration;
 

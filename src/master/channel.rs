@@ -78,9 +78,8 @@ impl Shell {
             return listeners;
         }
         for (name, fd) in names.iter().zip(fds) {
-            let group = self.groups.named(name);
-            let address = group.and_then(|group| self.groups.of(group)).map(|group| group.address);
-            let (Some(group), Some(address)) = (group, address) else {
+            let named = self.launch_of(worker).and_then(|launch| launch.listeners().find(|(_, l)| l.name == *name));
+            let Some((group, address)) = named.map(|(group, listen)| (group, listen.address)) else {
                 self.set_wrong(
                     worker,
                     format!("its ready names the listener {name:?}, which is not configured"),
@@ -110,7 +109,9 @@ impl Shell {
             Order::Stop => self.say(worker, &ToWorker::Stop, None),
             Order::Take(listener) => {
                 let group = self.listeners.of(listener).map(|listener| listener.group);
-                let Some(name) = group.map(|group| self.groups.name(group).to_owned()) else { return };
+                let launch = self.launch_of(worker);
+                let known = launch.and_then(|launch| launch.listeners().find(|(of, _)| Some(*of) == group));
+                let Some(name) = known.map(|(_, listen)| listen.name.clone()) else { return };
                 self.taking.insert((worker, name.clone()), listener);
                 self.say(worker, &ToWorker::Take(name), Some(listener));
             }

@@ -1,6 +1,6 @@
 //! The groups in the kernel: carrying out what the core decided about steering.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -93,23 +93,48 @@ const PROOF_KEY: u32 = bpf::CAPACITY_DEFAULT - 1;
 pub(super) struct Groups {
     pub(super) choice: Choice,
     by_id: BTreeMap<GroupId, Group>,
+    last: u16,
 }
 
 impl Groups {
-    /// Makes the maps of each address.
-    pub(super) fn new(choice: Choice, listen: &[Listen]) -> Result<Groups, BpfError> {
-        let mut by_id = BTreeMap::new();
-        for (id, listen) in (0..).map(GroupId).zip(listen) {
-            let ebpf = match choice.engine {
-                Engine::Ebpf => Some(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?),
-                Engine::Cbpf | Engine::None => None,
-            };
-            let (name, address) = (listen.name.clone(), listen.address);
-            let group = Group { name, address, bound: None, ebpf, record: FIRST_RECORD, migrated_before: 0 };
-            group.unsteered()?;
-            by_id.insert(id, group);
+    pub(super) fn new(choice: Choice) -> Groups {
+        Groups { choice, by_id: BTreeMap::new(), last: 0 }
+    }
+
+    /// The groups of these addresses, in their order: those there are, and new ones with maps of their own.
+    pub(super) fn open(&mut self, listen: &[Listen]) -> Result<Vec<GroupId>, BpfError> {
+        listen.iter().map(|listen| self.open_one(listen)).collect()
+    }
+
+    fn open_one(&mut self, listen: &Listen) -> Result<GroupId, BpfError> {
+        if let Some((id, _)) = self.by_id.iter().find(|(_, group)| group.address == listen.address) {
+            return Ok(*id);
         }
-        Ok(Groups { choice, by_id })
+        let ebpf = match self.choice.engine {
+            Engine::Ebpf => Some(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?),
+            Engine::Cbpf | Engine::None => None,
+        };
+        let (name, address) = (listen.name.clone(), listen.address);
+        let group = Group { name, address, bound: None, ebpf, record: FIRST_RECORD, migrated_before: 0 };
+        group.unsteered()?;
+        // The numbers of groups long gone are free again after 65,535 others.
+        while self.by_id.contains_key(&GroupId(self.last)) {
+            self.last = self.last.wrapping_add(1);
+        }
+        self.by_id.insert(GroupId(self.last), group);
+        Ok(GroupId(self.last))
+    }
+
+    /// Lets go of every group but these.
+    pub(super) fn keep(&mut self, used: &BTreeSet<GroupId>) {
+        self.by_id.retain(|id, _| used.contains(id));
+    }
+
+    /// The names are those of the latest generation.
+    pub(super) fn rename(&mut self, id: GroupId, name: &str) {
+        if let Some(group) = self.by_id.get_mut(&id) {
+            name.clone_into(&mut group.name);
+        }
     }
 
     /// The group of a number the core uses.
@@ -120,11 +145,6 @@ impl Groups {
     /// Every group with its number.
     pub(super) fn iter(&self) -> impl Iterator<Item = (GroupId, &Group)> {
         self.by_id.iter().map(|(id, group)| (*id, group))
-    }
-
-    /// The group of a listener's name.
-    pub(super) fn named(&self, name: &str) -> Option<GroupId> {
-        self.by_id.iter().find(|(_, group)| group.name == name).map(|(id, _)| *id)
     }
 
     /// Its name, for people.

@@ -10,16 +10,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 
 use nix::sys::resource::Resource;
-use reuseportd_core::{Generation, Seat, WorkerId};
+use reuseportd_core::{Generation, GroupId, Seat, WorkerId};
+use reuseportd_sys::bpf::BpfError;
 use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::socket;
 use reuseportd_wire::env;
 
+use super::groups::Groups;
 use super::output::Output;
 use super::process::{LastLines, Process};
 use super::{Shell, clock};
-use crate::config::{self, Config, Output as OutputMode};
+use crate::config::{self, Config, Listen, Output as OutputMode};
 
 /// The number under which a worker finds its channel.
 const CHANNEL_NUMBER: i32 = 3;
@@ -30,6 +32,8 @@ const CHANNEL_NUMBER: i32 = 3;
 pub(super) struct Launch {
     pub(super) config: Rc<Config>,
     pub(super) executable: PinnedExecutable,
+    /// The groups of its listeners, in the config's order.
+    pub(super) groups: Vec<GroupId>,
     /// `environment` and `environment_file`, read once.
     variables: BTreeMap<String, String>,
     /// Of the executable; worked out when somebody asks.
@@ -47,11 +51,13 @@ pub(super) enum LaunchError {
     Open { path: String, source: io::Error },
     #[error("app.working_directory: {path} can't be entered: {source}")]
     Directory { path: String, source: io::Error },
+    #[error("no steering for a new listener: {0}")]
+    Steering(#[from] BpfError),
 }
 
 impl Launch {
     /// Finds and pins the program.
-    pub(super) fn prepare(config: Rc<Config>) -> Result<Launch, LaunchError> {
+    pub(super) fn prepare(config: Rc<Config>, groups: &mut Groups) -> Result<Launch, LaunchError> {
         let variables =
             config.app.variables().map_err(|error| LaunchError::Environment(error.to_string()))?;
         if let Some(directory) = &config.app.working_directory {
@@ -62,7 +68,13 @@ impl Launch {
             .map_err(|error| LaunchError::NotFound(error.to_string()))?;
         let executable = PinnedExecutable::open(&path)
             .map_err(|source| LaunchError::Open { path: path.display().to_string(), source })?;
-        Ok(Launch { config, executable, variables, sha256: OnceCell::new() })
+        let groups = groups.open(&config.listen)?;
+        Ok(Launch { config, executable, groups, variables, sha256: OnceCell::new() })
+    }
+
+    /// Its listeners with their groups.
+    pub(super) fn listeners(&self) -> impl Iterator<Item = (GroupId, &Listen)> {
+        self.groups.iter().copied().zip(&self.config.listen)
     }
 
     fn environment(
@@ -109,6 +121,11 @@ impl Launch {
 }
 
 impl Shell {
+    /// What a worker was started from.
+    pub(super) fn launch_of(&self, worker: WorkerId) -> Option<&Launch> {
+        self.processes.get(&worker).and_then(|process| self.launches.get(&process.generation))
+    }
+
     /// Starts a worker; an errno if that fails. What failed in detail is logged here and kept for the receipt.
     pub(super) fn spawn(&mut self, worker: WorkerId, generation: Generation, seat: Seat) -> Result<(), i32> {
         match self.try_spawn(generation, seat) {
@@ -160,8 +177,11 @@ impl Shell {
             soft: nofile.before.unwrap_or(u64::MAX),
             hard: nofile.hard.unwrap_or(u64::MAX),
         });
-        let configured =
-            app.limits.iter().map(|(resource, value)| Limit { resource: *resource as u32, soft: *value, hard: *value });
+        let configured = app.limits.iter().map(|(resource, value)| Limit {
+            resource: *resource as u32,
+            soft: *value,
+            hard: *value,
+        });
         let limits: Vec<Limit> = inherited.into_iter().chain(configured).collect();
         let spec = SpawnSpec {
             executable: &launch.executable,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Member, Problem, WorkerId};
@@ -10,6 +10,8 @@ use reuseportd_sys::diag::{self, Family, Protocol, Query, Socket, states};
 use reuseportd_sys::{pidfd, procfs, socket};
 
 use super::Shell;
+use super::launch::Launch;
+use crate::config::clash;
 
 /// How often a dump is asked for again after the kernel said that it changed underneath.
 const DUMP_ATTEMPTS: usize = 5;
@@ -64,14 +66,14 @@ impl Shell {
         let listening = dump(None, states::LISTEN).map_err(failed)?;
         let held = held_by(pid, &listening).map_err(failed)?;
         let mut wanted = Vec::new();
-        for (id, group) in self.groups.iter() {
+        for (id, listen) in self.launch_of(worker).into_iter().flat_map(Launch::listeners) {
             let here: Vec<Held> =
-                held.iter().filter(|held| serves(held.socket.local, group.address)).cloned().collect();
+                held.iter().filter(|held| serves(held.socket.local, listen.address)).cloned().collect();
             if here.is_empty() {
-                return Err(not_here(id, group.address, &held));
+                return Err(not_here(id, listen.address, &held));
             }
             for held in here {
-                wanted.push((id, group.address, held));
+                wanted.push((id, listen.address, held));
             }
         }
         let mut handles = Vec::new();
@@ -149,7 +151,7 @@ impl Shell {
         let address = group.bound.unwrap_or(group.address);
         let mut strangers: BTreeSet<u64> = dump(Some(address.port()), states::LISTEN)?
             .into_iter()
-            .filter(|socket| overlaps(socket.local, address))
+            .filter(|socket| clash(socket.local, address).is_some())
             .filter(|socket| self.listeners.by_cookie(id, socket.cookie).is_none())
             .map(|socket| u64::from(socket.inode))
             .collect();
@@ -210,12 +212,6 @@ fn serves(local: SocketAddr, address: SocketAddr) -> bool {
 
 fn is_any(address: SocketAddr) -> bool {
     address.ip().is_unspecified()
-}
-
-/// Whether two listeners of one port share traffic.
-fn overlaps(a: SocketAddr, b: SocketAddr) -> bool {
-    let covers = |a: IpAddr, b: IpAddr| a == b || (a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()));
-    a.port() == b.port() && (covers(a.ip(), b.ip()) || covers(b.ip(), a.ip()))
 }
 
 fn not_here(id: GroupId, address: SocketAddr, held: &[Held]) -> Missing {
@@ -279,13 +275,5 @@ mod tests {
         assert!(!serves(address("[::]:80"), address("127.0.0.1:80")));
         assert!(!serves(address("0.0.0.0:80"), address("[::]:80")));
         assert!(serves(address("127.0.0.1:80"), address("127.0.0.1:80")));
-    }
-
-    #[test]
-    fn overlapping_addresses_share_traffic() {
-        assert!(overlaps(address("127.0.0.1:80"), address("0.0.0.0:80")));
-        assert!(overlaps(address("[::]:80"), address("127.0.0.1:80")));
-        assert!(!overlaps(address("127.0.0.1:80"), address("127.0.0.2:80")));
-        assert!(!overlaps(address("0.0.0.0:80"), address("[::1]:80")));
     }
 }

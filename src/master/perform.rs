@@ -141,12 +141,9 @@ impl Shell {
 
     fn listen(&self, id: ListenerId) -> Result<(), i32> {
         let listener = self.listeners.of(id).ok_or(nix::libc::ENOENT)?;
-        let name = self.groups.name(listener.group);
-        let generation = self.processes.get(&listener.worker).map(|process| process.generation);
-        let config =
-            generation.and_then(|generation| self.launches.get(&generation)).map(|launch| &launch.config);
-        let backlog = config.and_then(|config| config.listen.iter().find(|listen| listen.name == name));
-        let backlog = backlog.and_then(|listen| i32::try_from(listen.backlog).ok()).unwrap_or(i32::MAX);
+        let launch = self.launch_of(listener.worker).ok_or(nix::libc::ENOENT)?;
+        let configured = launch.listeners().find(|(group, _)| *group == listener.group);
+        let backlog = configured.and_then(|(_, listen)| i32::try_from(listen.backlog).ok()).unwrap_or(i32::MAX);
         let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;
         socket::listen(handle, backlog).map_err(|error| errno(&error))
     }
@@ -193,11 +190,16 @@ impl Shell {
             Report::Drained(generation) => {
                 self.groups.fold_counters(*generation);
                 self.launches.remove(generation);
+                self.close_groups();
+            }
+            // Of two that wait the earlier one is dropped.
+            Report::Superseded(_) => {
+                self.prepared.pop_front();
+                self.close_groups();
             }
             Report::Ended(receipt) => self.keep_receipt(receipt),
             Report::WorkerReady(_)
             | Report::Queued(_)
-            | Report::Superseded(_)
             | Report::Entered(..)
             | Report::Switched(_)
             | Report::WorkerExited { .. }
@@ -227,8 +229,19 @@ impl Shell {
             )) {
                 tracing::warn!(%error, "cannot change the log level");
             }
+            for (group, listen) in launch.listeners() {
+                self.groups.rename(group, &listen.name);
+            }
             self.launches.insert(generation, launch);
         }
+    }
+
+    /// Groups that no generation listens in are let go of.
+    fn close_groups(&mut self) {
+        let launches = self.launches.values().chain(&self.prepared);
+        let used = launches.flat_map(|launch| launch.groups.iter().copied()).collect();
+        self.groups.keep(&used);
+        self.views.retain(|group, _| used.contains(group));
     }
 
     fn keep_receipt(&mut self, receipt: &reuseportd_core::Receipt) {

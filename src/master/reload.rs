@@ -22,10 +22,6 @@ impl Shell {
     pub(super) fn trigger(&mut self, trigger: Trigger, by: Option<(Ticket, Wait)>) -> Result<(), Refusal> {
         match self.prepare() {
             Ok((launch, plan)) => {
-                // One wish waits at the most: a later one takes its place, here as in the core.
-                if self.core.has_upgrade() {
-                    self.prepared.clear();
-                }
                 self.prepared.push_back(launch);
                 self.inbox.push_back(Event::Upgrade { plan, trigger, by });
                 Ok(())
@@ -37,14 +33,14 @@ impl Shell {
         }
     }
 
-    fn prepare(&self) -> Result<(Launch, Plan), (String, Refusal)> {
+    fn prepare(&mut self) -> Result<(Launch, Plan), (String, Refusal)> {
         let config = config::load(&self.config_path).map_err(|errors| {
             (format!("invalid config: {}", errors.summary()), Refusal { text: errors.to_string(), code: 2 })
         })?;
         let refuse = |text: String| (text.clone(), Refusal { text, code: 1 });
         self.check_change(&config).map_err(refuse)?;
-        let plan = plan(&config, self.groups.choice.engine);
-        let launch = Launch::prepare(Rc::new(config)).map_err(|error| refuse(error.to_string()))?;
+        let launch = Launch::prepare(Rc::new(config), &mut self.groups).map_err(|error| refuse(error.to_string()))?;
+        let plan = plan(&launch, self.groups.choice.engine);
         Ok((launch, plan))
     }
 
@@ -60,16 +56,21 @@ impl Shell {
         if new.steering.engine != self.config.steering.engine {
             return Err(format!("steering.engine can't change in an upgrade: {restart}"));
         }
-        let addresses = |config: &Config| {
-            let mut all: Vec<_> =
-                config.listen.iter().map(|listen| (listen.name.clone(), listen.address)).collect();
-            all.sort();
-            all
-        };
-        if addresses(new) != addresses(&self.config) {
-            return Err(format!(
-                "adding, removing or changing a [[listen]] in an upgrade is not supported yet: {restart}"
-            ));
+        self.check_overlap(new)
+    }
+
+    /// A new address that shares traffic with one in use takes it at once, before any of its workers is ready.
+    fn check_overlap(&self, new: &Config) -> Result<(), String> {
+        for listen in &new.listen {
+            let in_use = self.groups.iter().map(|(_, group)| group.address);
+            let mut others = in_use.filter(|address| *address != listen.address);
+            if let Some((other, why)) = others.find_map(|other| Some((other, config::clash(other, listen.address)?))) {
+                return Err(format!(
+                    "listen {:?}: {} can't be added while {other} is served: the kernel would give it connections \
+                     before its workers are ready ({why}); restart the service to change it",
+                    listen.name, listen.address
+                ));
+            }
         }
         Ok(())
     }
@@ -92,17 +93,18 @@ impl Shell {
             superseded_by: None,
         };
         self.keep(None, receipt);
+        self.upstream.status(&format!("upgrade refused: {reason}"));
         // There is no message for a failed reload: systemd is told that it began and ended, and why it came to nothing.
         if trigger == Trigger::Signal && !self.core.has_upgrade() {
             self.upstream.notice(Notice::Reloading);
             self.upstream.notice(Notice::Ready);
         }
-        self.upstream.status(&format!("upgrade refused: {reason}"));
     }
 }
 
 /// What the core has to know of a config.
-pub(super) fn plan(config: &Config, engine: Engine) -> Plan {
+pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
+    let config = &launch.config;
     let settle = match engine {
         Engine::Cbpf => std::time::Duration::from_secs(10),
         Engine::Ebpf | Engine::None => std::time::Duration::from_secs(2),
@@ -110,7 +112,7 @@ pub(super) fn plan(config: &Config, engine: Engine) -> Plan {
     let (upgrade, restart) = (&config.upgrade, &config.restart);
     Plan {
         workers: config.app.workers,
-        groups: (0..).map(reuseportd_core::GroupId).zip(&config.listen).map(|(group, _)| group).collect(),
+        groups: launch.groups.clone(),
         readiness: match config.readiness.method {
             ReadinessMethod::Notify => Readiness::Notify,
             ReadinessMethod::Listen => Readiness::Listen,

@@ -246,10 +246,10 @@ impl Shell {
         let json = serde_json::to_string(shown).unwrap_or_default();
         match &reason {
             Some(reason) => {
-                tracing::error!(event = "upgrade_ended", %outcome, ?from, ?to, reason, receipt = json, "upgrade {outcome}: {reason}")
+                tracing::error!(event = "upgrade_ended", %outcome, from, to, reason, receipt = json, "upgrade {outcome}: {reason}")
             }
             None => {
-                tracing::info!(event = "upgrade_ended", %outcome, ?from, ?to, ms, is_final, receipt = json, "upgrade {outcome}")
+                tracing::info!(event = "upgrade_ended", %outcome, from, to, ms, is_final, receipt = json, "upgrade {outcome}")
             }
         }
         let text = match (reason, to) {

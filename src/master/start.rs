@@ -49,12 +49,12 @@ fn prepare(
     let text = |error: &dyn std::fmt::Display| error.to_string();
     signals::reset_inherited().map_err(|error| text(&error))?;
     let signals = SignalPipe::new().map_err(|error| format!("cannot catch signals: {error}"))?;
-    let nofile = limits::raise_nofile().map_err(|error| tracing::warn!(%error, "cannot raise the limit of open files"));
+    let nofile = limits::raise_nofile()
+        .map_err(|error| tracing::warn!(%error, "cannot raise the limit of open files"));
     let runtime = Runtime::open(&config.control).map_err(|error| text(&error))?;
     let notify = runtime.notify_socket().map_err(|error| text(&error))?;
     let control = runtime.control_socket(&config.control).map_err(|error| text(&error))?;
     let choice = groups::choose(config.steering.engine).map_err(|error| text(&error))?;
-    let launch = Launch::prepare(Rc::clone(config)).map_err(|error| text(&error))?;
     tracing::info!(
         event = "starting",
         app = config.app.name,
@@ -65,8 +65,9 @@ fn prepare(
         "starting {} with engine {:?} ({})", config.app.name, choice.engine, choice.reason
     );
     let engine = choice.engine;
-    let groups = Groups::new(choice, &config.listen).map_err(|error| text(&error))?;
-    let plan = reload::plan(config, engine);
+    let mut groups = Groups::new(choice);
+    let launch = Launch::prepare(Rc::clone(config), &mut groups).map_err(|error| text(&error))?;
+    let plan = reload::plan(&launch, engine);
     Ok(Shell {
         core: Master::new(engine),
         inbox: VecDeque::from([Event::Upgrade { plan, trigger: Trigger::Start, by: None }]),
