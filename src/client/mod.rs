@@ -10,7 +10,7 @@ mod progress;
 mod receipt;
 #[cfg(test)]
 mod tests;
-mod text;
+pub(crate) mod text;
 
 use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::path::Path;
@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use reuseportd_wire::control::{Reply, Request, Wait, encode};
-use reuseportd_wire::status::{Outcome, Receipt};
+use reuseportd_wire::status::{Outcome, Receipt, Status};
 
 use self::connection::{Connection, Patience};
 use self::error::ClientError;
@@ -64,13 +64,26 @@ fn show_status(
     patience: Patience,
     out: &mut impl Write,
 ) -> Result<(), ClientError> {
-    let mut connection = Connection::open(socket, &Request::Status {}, patience)?;
-    let Reply::Status { status } = connection.reply()? else { return Err(connection.unexpected()) };
+    let status = fetch_status(socket, patience)?;
     let text = match json {
         true => as_json(&status)?,
         false => overview::render(&status, Timestamp::now(), paint()),
     };
     print(out, &text)
+}
+
+fn fetch_status(socket: &Path, patience: Patience) -> Result<Status, ClientError> {
+    let mut connection = Connection::open(socket, &Request::Status {}, patience)?;
+    let Reply::Status { status } = connection.reply()? else { return Err(connection.unexpected()) };
+    Ok(*status)
+}
+
+/// The status of the master at this socket, for subcommands that look further than it can.
+///
+/// # Errors
+/// The exit code `status` would end with, and its words.
+pub(crate) fn status_at(socket: &Path) -> Result<Status, (u8, String)> {
+    fetch_status(socket, Patience::new(None)).map_err(|error| (error.exit_code(), error.to_string()))
 }
 
 fn ask_upgrade(
@@ -141,7 +154,7 @@ fn as_json<T: serde::Serialize>(value: &T) -> Result<String, ClientError> {
 }
 
 /// Colour where a person looks and has not asked for none (no-color.org).
-fn paint() -> Paint {
+pub(crate) fn paint() -> Paint {
     let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     Paint { coloured: stdout().is_terminal() && !unwanted }
 }

@@ -5,17 +5,17 @@ use std::fmt::Write;
 use jiff::Timestamp;
 
 /// Width to stay within where what is to be said allows it.
-pub(super) const COLUMNS: usize = 80;
+pub(crate) const COLUMNS: usize = 80;
 
 /// Gives colour, or does not.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Paint {
-    pub(super) coloured: bool,
+pub(crate) struct Paint {
+    pub(crate) coloured: bool,
 }
 
 /// What a colour means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tone {
+pub(crate) enum Tone {
     Plain,
     Heading,
     Good,
@@ -25,7 +25,7 @@ pub(super) enum Tone {
 }
 
 impl Paint {
-    pub(super) fn tone(self, tone: Tone, text: &str) -> String {
+    pub(crate) fn tone(self, tone: Tone, text: &str) -> String {
         let code = match tone {
             _ if !self.coloured => return text.to_owned(),
             Tone::Plain => return text.to_owned(),
@@ -41,7 +41,7 @@ impl Paint {
 
 /// A cell of a [`Table`].
 #[derive(Debug)]
-pub(super) struct Cell {
+pub(crate) struct Cell {
     text: String,
     tone: Tone,
     right: bool,
@@ -49,37 +49,37 @@ pub(super) struct Cell {
 
 impl Cell {
     /// Text from the left; it is escaped.
-    pub(super) fn text(text: &str) -> Self {
+    pub(crate) fn text(text: &str) -> Self {
         Self { text: escape(text), tone: Tone::Plain, right: false }
     }
 
     /// A number, from the right; what is not known is a question mark.
-    pub(super) fn number<N: ToString>(number: Option<N>) -> Self {
+    pub(crate) fn number<N: ToString>(number: Option<N>) -> Self {
         Self { text: known(number), tone: Tone::Plain, right: true }
     }
 
-    pub(super) fn tone(self, tone: Tone) -> Self {
+    pub(crate) fn tone(self, tone: Tone) -> Self {
         Self { tone, ..self }
     }
 }
 
 /// Rows under a heading, columns as wide as they need to be. The last column is cut to fit [`COLUMNS`].
-pub(super) struct Table {
+pub(crate) struct Table {
     rows: Vec<Vec<Cell>>,
 }
 
 impl Table {
-    pub(super) fn new(heading: impl IntoIterator<Item = String>) -> Self {
+    pub(crate) fn new(heading: impl IntoIterator<Item = String>) -> Self {
         let heading = heading.into_iter().map(|text| Cell::text(&text).tone(Tone::Dim)).collect();
         Self { rows: vec![heading] }
     }
 
-    pub(super) fn row(&mut self, cells: Vec<Cell>) {
+    pub(crate) fn row(&mut self, cells: Vec<Cell>) {
         self.rows.push(cells);
     }
 
     /// The lines, each after `indent` spaces.
-    pub(super) fn render(&self, indent: usize, paint: Paint) -> String {
+    pub(crate) fn render(&self, indent: usize, paint: Paint) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let column = |index: usize| self.rows.iter().filter_map(move |row| row.get(index));
         let widths: Vec<usize> = (0..columns)
@@ -116,18 +116,18 @@ fn cut(text: &str, width: usize) -> String {
 }
 
 /// The number, or a question mark.
-pub(super) fn known<N: ToString>(number: Option<N>) -> String {
+pub(crate) fn known<N: ToString>(number: Option<N>) -> String {
     number.map_or_else(|| "?".to_owned(), |number| number.to_string())
 }
 
 /// `1 worker`, `2 workers`, `? workers`.
-pub(super) fn count<N: Copy + Into<u64>>(number: Option<N>, noun: &str) -> String {
+pub(crate) fn count<N: Copy + Into<u64>>(number: Option<N>, noun: &str) -> String {
     let number: Option<u64> = number.map(Into::into);
     format!("{} {noun}{}", known(number), if number == Some(1) { "" } else { "s" })
 }
 
 /// One line that can do nothing to a terminal: control characters, and those that hide or turn round text, as escapes.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let harmful = |c: char| {
         let invisible = matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
         c.is_control() || invisible
@@ -140,12 +140,12 @@ pub(super) fn escape(text: &str) -> String {
 }
 
 /// Like [`escape`], but line breaks stay.
-pub(super) fn escape_lines(text: &str) -> String {
+pub(crate) fn escape_lines(text: &str) -> String {
     text.lines().map(escape).collect::<Vec<_>>().join("\n")
 }
 
 /// Words in lines of at most [`COLUMNS`], each line after `indent` spaces; line breaks of the text stay.
-pub(super) fn wrap(text: &str, indent: usize) -> String {
+pub(crate) fn wrap(text: &str, indent: usize) -> String {
     let mut lines = String::new();
     for paragraph in text.lines() {
         let mut at = 0;
@@ -166,7 +166,7 @@ pub(super) fn wrap(text: &str, indent: usize) -> String {
 }
 
 /// `812 ms`, `1.2 s`, `2m 5s`.
-pub(super) fn milliseconds(ms: u64) -> String {
+pub(crate) fn milliseconds(ms: u64) -> String {
     match ms {
         0..1_000 => format!("{ms} ms"),
         1_000..60_000 => format!("{}.{} s", ms / 1_000, ms % 1_000 / 100),
@@ -186,7 +186,7 @@ fn seconds(seconds: u64) -> String {
 }
 
 /// How long ago an RFC 3339 time was; none for what is no time. A clock set back makes it 0.
-pub(super) fn since(started_at: &str, now: Timestamp) -> Option<String> {
+pub(crate) fn since(started_at: &str, now: Timestamp) -> Option<String> {
     let started: Timestamp = started_at.parse().ok()?;
     Some(seconds(u64::try_from(now.duration_since(started).as_secs()).unwrap_or(0)))
 }
