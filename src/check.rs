@@ -51,8 +51,12 @@ pub(crate) fn run(path: &Path) -> ExitCode {
 
 /// The executable's path, for the summary.
 fn check_program(config: &Config, findings: &mut Findings) -> String {
+    if let Err(error) = config.app.check_identity() {
+        findings.errors.push(error.to_string());
+        return String::new();
+    }
     if let Some(directory) = &config.app.working_directory {
-        let searchable = accessat(CWD, directory, Access::EXEC_OK, AtFlags::EACCESS);
+        let searchable = config.app.access(directory, Access::EXEC_OK);
         if !directory.is_dir() {
             findings.errors.push(format!("app.working_directory: {} is no directory", directory.display()));
         } else if let Err(error) = searchable {
@@ -76,8 +80,11 @@ fn check_program(config: &Config, findings: &mut Findings) -> String {
 
 fn check_listen(config: &Config, findings: &mut Findings) {
     let first_free_port = sysctl("net/ipv4/ip_unprivileged_port_start");
-    let bind_service = rustix::thread::capabilities(None)
-        .is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
+    let identity = &config.app.identity;
+    let bind_service = identity.capabilities.contains(CapabilitySet::NET_BIND_SERVICE)
+        || identity.uid.is_none()
+            && rustix::thread::capabilities(None)
+                .is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_BIND_SERVICE));
     let queue_max = sysctl("net/core/somaxconn");
     for listen in &config.listen {
         let (name, address) = (&listen.name, listen.address);
@@ -92,7 +99,7 @@ fn check_listen(config: &Config, findings: &mut Findings) {
         }
         if first_free_port.is_some_and(|first| u64::from(address.port()) < first) && !bind_service {
             findings.warnings.push(format!(
-                "listen {name:?}: port {} needs CAP_NET_BIND_SERVICE, which this user lacks \
+                "listen {name:?}: port {} needs CAP_NET_BIND_SERVICE, which workers lack: set app.capabilities \
                  (or: sysctl -w net.ipv4.ip_unprivileged_port_start={})",
                 address.port(),
                 address.port(),
@@ -128,9 +135,7 @@ fn check_limits(config: &Config, findings: &mut Findings) {
             ));
         }
     }
-    // During an upgrade two generations are there, each worker with a few descriptors and its listeners' handles.
-    let per_worker = 4 + config.listen.len() as u64;
-    let wanted = 64 + 2 * u64::from(config.app.workers) * per_worker;
+    let wanted = descriptors_wanted(config.app.workers, config.listen.len());
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && hard < wanted
     {
@@ -139,6 +144,12 @@ fn check_limits(config: &Config, findings: &mut Findings) {
              and the hard limit is {hard} (ulimit -Hn, LimitNOFILE=)"
         ));
     }
+}
+
+/// Descriptors the master may need in an upgrade: two generations, each worker with a few of them and a handle of each
+/// of its listeners.
+pub(crate) fn descriptors_wanted(workers: u16, listeners: usize) -> u64 {
+    64 + 2 * u64::from(workers) * (4 + listeners as u64)
 }
 
 /// The directory is there and writable, or the nearest one above it is, so that it can be made.

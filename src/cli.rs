@@ -33,6 +33,11 @@ Examples:
 Exit codes: 0 completed; 1 rolled back or refused; 2 wrong usage or invalid config;
             3 no master reachable; 4 --timeout passed (the upgrade goes on).";
 
+const DOCTOR_HELP: &str = "\
+Works without --config too, then for default settings. Self-tests use sockets of their own on loopback.
+
+Exit codes: 0 the promise can be kept (notes and warnings included); 1 it can't; 2 wrong usage or invalid config.";
+
 /// Keeps a SO_REUSEPORT service running and replaces its program without losing a connection.
 ///
 /// Without a subcommand: run the service described by --config in the foreground.
@@ -82,6 +87,19 @@ enum Command {
         #[arg(long, value_name = "DURATION", requires = "wait", value_parser = config::parse_duration)]
         timeout: Option<Duration>,
     },
+    /// Show every listening socket on the configured ports: whose it is, its queue, strangers, overlapping addresses
+    Sockets {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Test what this machine can do: kernel, rights, settings, steering; say what is lost and how to mend it
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Stop the service gracefully: finish what is open, then end
     Stop {
         /// Stay until it has ended
@@ -106,6 +124,8 @@ pub(crate) enum Action {
     Check { config: PathBuf },
     Status { master: Master, json: bool },
     Upgrade { master: Master, wait: Option<WaitFor>, json: bool, timeout: Option<Duration> },
+    Sockets { master: Master, json: bool },
+    Doctor { config: Option<PathBuf>, json: bool },
     Stop { master: Master, wait: bool },
 }
 
@@ -156,6 +176,10 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
     let missing = |text: &str| Cli::command().error(ErrorKind::MissingRequiredArgument, text);
     // systemd sets RUNTIME_DIRECTORY for ExecReload= too, so that a unit can say `reuseportd upgrade --wait`.
     let own_socket = || config::runtime_directory().map(|directory| directory.join("control.sock"));
+    if matches!(command, Command::Doctor { .. }) && cli.socket.is_some() {
+        let text = "doctor looks at the machine, not at a master: --config FILE says what the service needs";
+        return wrong(ErrorKind::ArgumentConflict, text);
+    }
     let (config, socket) = (cli.config, cli.socket);
     let master = |config: Option<PathBuf>| match (config, socket.or_else(own_socket)) {
         (Some(config), _) => Ok(Master::OfConfig(config)),
@@ -170,6 +194,8 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
         Command::Upgrade { wait, json, timeout } => {
             Action::Upgrade { master: master(config)?, wait, json, timeout }
         }
+        Command::Sockets { json } => Action::Sockets { master: master(config)?, json },
+        Command::Doctor { json } => Action::Doctor { config, json },
         Command::Stop { wait } => Action::Stop { master: master(config)?, wait },
     })
 }
@@ -216,6 +242,14 @@ mod tests {
     }
 
     #[test]
+    fn looking_at_the_machine_needs_no_master() {
+        assert_eq!(parse("doctor --json"), Ok(Action::Doctor { config: None, json: true }));
+        let doctor = Ok(Action::Doctor { config: Some("a.toml".into()), json: false });
+        assert_eq!(parse("doctor --config a.toml"), doctor);
+        assert_eq!(parse("sockets --socket /s"), Ok(Action::Sockets { master: at_socket(), json: false }));
+    }
+
+    #[test]
     fn waiting_has_a_default_and_needs_an_equals_sign_for_more() {
         let upgrade = |wait, timeout| Ok(Action::Upgrade { master: at_socket(), wait, json: false, timeout });
         assert_eq!(parse("upgrade --socket /s"), upgrade(None, None));
@@ -238,6 +272,8 @@ mod tests {
             ("check --socket /s", ErrorKind::MissingRequiredArgument),
             ("status --config a --socket /s", ErrorKind::ArgumentConflict),
             ("--log-level info status --socket /s", ErrorKind::ArgumentConflict),
+            ("doctor --socket /s", ErrorKind::ArgumentConflict),
+            ("sockets", ErrorKind::MissingRequiredArgument),
             ("--config a --log-format journal", ErrorKind::InvalidValue),
             ("frobnicate", ErrorKind::InvalidSubcommand),
         ] {

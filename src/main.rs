@@ -5,7 +5,9 @@ mod check;
 mod cli;
 mod client;
 mod config;
+mod doctor;
 mod master;
+mod sockets;
 
 use std::process::ExitCode;
 
@@ -17,6 +19,8 @@ fn main() -> ExitCode {
         Action::Check { config } => check::run(&config),
         Action::Status { master, json } => client::status(&master, json),
         Action::Upgrade { master, wait, json, timeout } => client::upgrade(&master, wait, json, timeout),
+        Action::Sockets { master, json } => sockets::run(&master, json),
+        Action::Doctor { config, json } => doctor::run(config.as_deref(), json),
         Action::Stop { master, wait } => client::stop(&master, wait),
     }
 }

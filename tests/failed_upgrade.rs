@@ -45,19 +45,19 @@ const FAILURES: &[Failure] = &[
         sort: "exits before it is ready",
         change: |_, app| replaced(app, "plain", "--fail exit-before-ready --code 7"),
         outcome: Outcome::RolledBack,
-        names: &["seat 0", "7", LAST_WORDS],
+        names: &["seat", "status 7", LAST_WORDS],
     },
     Failure {
         sort: "exits after it listens",
         change: |_, app| replaced(app, "plain", "--fail exit-after-listen --code 9"),
         outcome: Outcome::RolledBack,
-        names: &["seat", "9", LAST_WORDS],
+        names: &["seat", "status 9", LAST_WORDS],
     },
     Failure {
         sort: "handover worker that exits when it should serve",
         change: |_, app| replaced(app, "sdk", "--fail exit-before-ready --code 5"),
         outcome: Outcome::RolledBack,
-        names: &["seat", "5", LAST_WORDS],
+        names: &["seat", "status 5", LAST_WORDS],
     },
     Failure {
         sort: "never ready",

@@ -102,7 +102,7 @@ fn answered_of_held(world: &World, app: &App) -> usize {
     let lift = Instant::now() + Duration::from_millis(600);
     master.signal(rustix::process::Signal::HUP);
     // Nothing is to be seen from outside until then: the reload may end before, if begun handshakes are not waited for.
-    master.manager.wait(master.manager.mark(), "never", lift.saturating_duration_since(Instant::now()));
+    master.upstream.wait(master.upstream.mark(), "never", lift.saturating_duration_since(Instant::now()));
     tool("nft delete table ip held");
     let answered = held.into_iter().filter_map(|mut client| {
         let mut answer = String::new();

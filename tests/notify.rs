@@ -21,9 +21,9 @@ fn the_service_manager_hears_everything() {
     world(&[], |world| {
         let master = Master::start(world, &App::test_worker(world, "--mode plain").workers(2));
         let before = monotonic_us();
-        let mark = master.manager.mark();
+        let mark = master.upstream.mark();
         master.hup();
-        let told = master.manager.told().split_off(mark);
+        let told = master.upstream.told().split_off(mark);
         let reloading = told.iter().find(|datagram| datagram.lines().any(|line| line == "RELOADING=1"));
         let reloading = reloading.expect("seen by hup()");
         let since = reloading.lines().find_map(|line| line.strip_prefix("MONOTONIC_USEC="));
@@ -39,9 +39,13 @@ fn the_service_manager_hears_everything() {
                 "{word:?} in {told:#?}"
             );
         }
-        let mark = master.manager.mark();
+        let mark = master.upstream.mark();
         master.signal(Signal::TERM);
-        assert!(master.manager.wait(mark, "STOPPING=1", PATIENCE).is_some(), "{:#?}", master.manager.told());
+        assert!(
+            master.upstream.wait(mark, "STOPPING=1", PATIENCE).is_some(),
+            "{:#?}",
+            master.upstream.told()
+        );
         master.ended(0);
     });
 }
@@ -51,13 +55,13 @@ fn a_reload_that_fails_is_over_too() {
     world(&[], |world| {
         let mut app = App::test_worker(world, "--mode plain").workers(1);
         let master = Master::start(world, &app);
-        let mark = master.manager.mark();
+        let mark = master.upstream.mark();
         app.command = test_worker("--mode plain --fail exit-before-ready --code 7");
         app.write();
         master.hup();
         app.write_invalid();
         master.hup();
-        let told = master.manager.told().split_off(mark).join("\n");
+        let told = master.upstream.told().split_off(mark).join("\n");
         assert!(told.contains("status 7") && told.contains("nonsense"), "{told}");
         assert_eq!(master.status().active_generation, Some(1));
         app.command = test_worker("--mode plain");

@@ -114,6 +114,37 @@ fn several_listeners_and_both_families() {
     });
 }
 
+/// Echoes on a dual-stack socket, whatever it is asked for.
+const DUAL_STACK: &str = "
+import socket, sys
+s = socket.socket(socket.AF_INET6)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+s.bind(('::', int(sys.argv[1])))
+s.listen(1024)
+while True:
+    c = s.accept()[0]
+    c.sendall(c.recv(4096).upper())
+    c.close()
+";
+
+#[test]
+fn a_dual_stack_listener_serves_an_ipv4_address() {
+    world(&[Need::Python, Need::Root], |world| {
+        for engine in ["ebpf", "cbpf"] {
+            let mut app =
+                App::new(world, ["python3", "-c", DUAL_STACK, "{port.default}"]).engine(engine).workers(2);
+            app.listen[0].1.set_ip(std::net::Ipv4Addr::UNSPECIFIED.into());
+            let master = Master::start(world, &app.readiness("listen"));
+            let load = Load::start(spec(world).echo().rate(100.0));
+            master.upgrade();
+            load.answered(20);
+            load.end_lossless();
+            master.stop();
+        }
+    });
+}
+
 #[test]
 fn a_worker_with_several_listeners_on_one_address() {
     world(&[Need::Bpf], |world| {

@@ -72,7 +72,7 @@ fn unmodified_workers_with_slow_accepts_cbpf() {
 
 /// Many fast connections, bursts and slow clients.
 fn fast(world: &World) -> Spec {
-    spec(world).rate(1000.0).burst(150, Duration::from_millis(300)).slow(20)
+    spec(world).rate(f64::from(rounds(1000, 2000))).burst(150, Duration::from_millis(300)).slow(20)
 }
 
 #[test]

@@ -15,7 +15,7 @@ use super::schema::{self, Scalar};
 use super::socket_path::default_name;
 use super::suggest::did_you_mean;
 use super::values::{LIMITS, parse_mode, parse_name, parse_path, parse_stop_signal};
-use super::{App, Listen, Output};
+use super::{App, Listen, Output, identity};
 
 /// Seats per generation at most.
 const WORKERS_MAX: u16 = 1024;
@@ -35,6 +35,7 @@ pub(super) fn resolve(
             .map_err(|said| problems.add("app.name", Some(header.clone()), said, "set app.name"))
             .ok(),
     };
+    let (identity, login) = identity::resolve(&raw, problems);
     let mut environment = BTreeMap::new();
     for (name, value) in raw.environment {
         if let Err(said) = check_variable(&name, value.get_ref()) {
@@ -42,7 +43,6 @@ pub(super) fn resolve(
         }
         environment.insert(name, value.into_inner());
     }
-    problems.choice("app.cpu_affinity", &raw.cpu_affinity, [("none", ()), ("seat", ())]);
     App {
         name: name.unwrap_or_default(),
         command: command(&raw.command, header, listen, problems),
@@ -52,6 +52,13 @@ pub(super) fn resolve(
         environment_file: path_of("app.environment_file", &raw.environment_file, problems),
         umask: raw.umask.as_ref().and_then(|umask| problems.text("app.umask", umask, parse_mode)),
         limits: limits(&raw.limits, problems),
+        identity,
+        login,
+        cpu_by_seat: problems.choice(
+            "app.cpu_affinity",
+            &raw.cpu_affinity,
+            [("none", false), ("seat", true)],
+        ),
         no_new_privileges: raw.no_new_privileges.unwrap_or(true),
         output: problems.choice(
             "app.output",

@@ -97,9 +97,16 @@ fn word(text: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Bind;
 
     fn listen() -> Vec<Listen> {
-        vec![Listen { name: "http".into(), address: "[::1]:80".parse().unwrap(), backlog: 1 }]
+        vec![Listen {
+            name: "http".into(),
+            address: "[::1]:80".parse().unwrap(),
+            bind: Bind::Worker,
+            v6only: false,
+            backlog: 1,
+        }]
     }
 
     fn expand(argument: &str) -> String {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::fs::Access;
 
 use super::App;
 
@@ -39,7 +39,7 @@ pub(crate) fn find_executable(
         let unusable = |path: PathBuf, cause| ExecutableError::Unusable { path, cause, hint };
         let path = base.join(program);
         let path = std::path::absolute(&path).map_err(|error| unusable(path, error.to_string()))?;
-        return match usable(&path) {
+        return match usable(app, &path) {
             Ok(()) => Ok(path),
             Err(cause) => Err(unusable(path, cause)),
         };
@@ -49,18 +49,22 @@ pub(crate) fn find_executable(
     // Like execvp, an entry that is no directory is passed over; unlike it, an empty one is not the current directory.
     let mut candidates =
         path.split(':').filter(|entry| entry.starts_with('/')).map(|entry| Path::new(entry).join(program));
-    match candidates.find(|candidate| usable(candidate).is_ok()) {
+    match candidates.find(|candidate| usable(app, candidate).is_ok()) {
         Some(found) => Ok(found),
         None => Err(ExecutableError::NotInPath { program: program.to_owned(), path, hint }),
     }
 }
 
-fn usable(path: &Path) -> Result<(), String> {
+fn usable(app: &App, path: &Path) -> Result<(), String> {
     let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
     if !metadata.is_file() {
         return Err("not a regular file".to_owned());
     }
     // The effective uid counts at exec, and the kernel's answer includes ACLs and noexec mounts.
-    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
-        .map_err(|_| "not executable by this user (chmod +x, or a noexec mount)".to_owned())
+    app.access(path, Access::EXEC_OK).map_err(|error| match app.identity.is_another() {
+        true => format!(
+            "the workers' user can't execute it: {error} (chmod +x, also on the directories above it)"
+        ),
+        false => "not executable by this user (chmod +x, or a noexec mount)".to_owned(),
+    })
 }

@@ -4,11 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 
 use toml::Spanned;
 
-use super::Listen;
 use super::problems::{FILE_START, Problems};
 use super::schema;
 use super::unsupported::NOT_YET;
 use super::values::{Refused, parse_name, refused};
+use super::{Bind, Listen};
 
 /// Each costs every worker a descriptor and a socket; more is a slip.
 const LISTEN_MAX: usize = 256;
@@ -47,7 +47,7 @@ pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) 
             );
         }
         if let Some((other, why)) =
-            all.iter().find_map(|other| clash(other.address, listen.address).map(|why| (other, why)))
+            all.iter().find_map(|other| clash(other.place(), listen.place()).map(|why| (other, why)))
         {
             let place = raw.address.as_ref().map_or(span, Spanned::span);
             let message =
@@ -62,7 +62,11 @@ pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) 
 fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Problems) -> Option<Listen> {
     let raw = entry.get_ref();
     problems.choice(&format!("{key}.protocol"), &raw.protocol, [("tcp", ()), ("udp", ())]);
-    problems.choice(&format!("{key}.bind"), &raw.bind, [("worker", ()), ("master", ())]);
+    let bind = problems.choice(
+        &format!("{key}.bind"),
+        &raw.bind,
+        [("worker", Bind::Worker), ("master", Bind::Master)],
+    );
     problems.choice(&format!("{key}.affinity"), &raw.affinity, [("none", ()), ("flow", ())]);
     problems.wait(&format!("{key}.flow_timeout"), &raw.flow_timeout, std::time::Duration::from_secs(120));
     let backlog =
@@ -77,7 +81,12 @@ fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Proble
         return None;
     };
     let address = problems.text(&address_key, address, parse_address)?;
-    Some(Listen { name: name?, address, backlog })
+    let v6only = raw.v6only.as_ref().is_some_and(|v6only| *v6only.get_ref());
+    if v6only && address.is_ipv4() {
+        let place = raw.v6only.as_ref().map(Spanned::span);
+        problems.add(format!("{key}.v6only"), place, "is for IPv6 addresses", "leave it out");
+    }
+    Some(Listen { name: name?, address, bind, v6only, backlog })
 }
 
 /// Reads `"0.0.0.0:8080"` or `"[::]:8080"`.
@@ -118,9 +127,21 @@ fn near_address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(host.parse().ok()?, port))
 }
 
-/// Why two addresses can't be steered apart: the kernel delivers to the more specific group first.
-pub(crate) fn clash(a: SocketAddr, b: SocketAddr) -> Option<&'static str> {
+impl Listen {
+    /// The address, and whether it leaves IPv4 alone.
+    pub(crate) fn place(&self) -> (SocketAddr, bool) {
+        (self.address, self.v6only)
+    }
+}
+
+/// Why two addresses, each with its `v6only`, can't be steered apart: the kernel delivers to the more specific group
+/// first.
+pub(crate) fn clash(
+    (a, a_v6only): (SocketAddr, bool),
+    (b, b_v6only): (SocketAddr, bool),
+) -> Option<&'static str> {
     let any = |ip: IpAddr| ip.is_unspecified();
+    let takes_v4 = |address: SocketAddr, v6only: bool| address.is_ipv6() && any(address.ip()) && !v6only;
     if a.port() != b.port() {
         None
     } else if a == b {
@@ -132,8 +153,8 @@ pub(crate) fn clash(a: SocketAddr, b: SocketAddr) -> Option<&'static str> {
             "the wildcard takes that address too, so one takes the traffic of the other: \
              keep the wildcard, or list the addresses one by one",
         )
-    } else if [a, b].iter().any(|address| address.is_ipv6() && any(address.ip())) {
-        Some("[::] takes IPv4 connections too: keep [::] alone, or list the addresses one by one")
+    } else if a.is_ipv4() != b.is_ipv4() && (takes_v4(a, a_v6only) || takes_v4(b, b_v6only)) {
+        Some("[::] takes IPv4 connections too: keep [::] alone, or set v6only = true for it")
     } else {
         None
     }
@@ -145,7 +166,9 @@ mod tests {
 
     #[test]
     fn addresses_that_overlap() {
-        let clash = |a: &str, b: &str| clash(a.parse().unwrap(), b.parse().unwrap()).is_some();
+        let v6only = |text: &str| text.ends_with('6');
+        let place = |text: &str| (text.trim_end_matches(" v6").parse().unwrap(), v6only(text));
+        let clash = |a: &str, b: &str| clash(place(a), place(b)).is_some();
         for (a, b) in [
             ("0.0.0.0:80", "0.0.0.0:80"),
             ("0.0.0.0:80", "127.0.0.1:80"),
@@ -159,6 +182,7 @@ mod tests {
             ("0.0.0.0:80", "0.0.0.0:81"),
             ("127.0.0.1:80", "127.0.0.2:80"),
             ("0.0.0.0:80", "[::1]:80"),
+            ("0.0.0.0:80", "[::]:80 v6"),
             ("[fe80::1%1]:80", "[fe80::1%2]:80"),
         ] {
             assert!(!clash(a, b) && !clash(b, a), "{a} {b}");

@@ -9,6 +9,7 @@ mod command;
 mod diagnose;
 mod environment_file;
 mod executable;
+mod identity;
 mod listen;
 mod problems;
 mod resolve;
@@ -28,9 +29,11 @@ use std::time::Duration;
 
 use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
+use reuseportd_sys::identity::Identity;
 
 pub(crate) use self::diagnose::ConfigErrors;
 pub(crate) use self::executable::find_executable;
+pub(crate) use self::identity::IdentityError;
 pub(crate) use self::listen::clash;
 pub(crate) use self::socket_path::runtime_directory;
 pub(crate) use self::values::parse_duration;
@@ -66,6 +69,12 @@ pub(crate) struct App {
     pub(crate) umask: Option<u32>,
     /// Soft and hard limit alike; `u64::MAX` is "unlimited".
     pub(crate) limits: Vec<(Resource, u64)>,
+    /// User, groups and capabilities, looked up.
+    pub(crate) identity: Identity,
+    /// Variables of the user's login; empty without one.
+    pub(crate) login: identity::Login,
+    /// Seat i runs on the i-th processor this process may use, and begins again after the last.
+    pub(crate) cpu_by_seat: bool,
     pub(crate) no_new_privileges: bool,
     pub(crate) output: Output,
     pub(crate) stop_signal: Signal,
@@ -86,8 +95,20 @@ pub(crate) struct Listen {
     pub(crate) name: String,
     /// The port is never 0.
     pub(crate) address: SocketAddr,
+    pub(crate) bind: Bind,
+    /// `[::]` leaves IPv4 alone.
+    pub(crate) v6only: bool,
     /// The limit of the accept queue as the worker asks for it in `listen()`; 1 to `i32::MAX`.
     pub(crate) backlog: u32,
+}
+
+/// Who makes the sockets of a `[[listen]]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bind {
+    /// Each worker its own.
+    Worker,
+    /// The master, one for each seat; workers get them by the LISTEN_FDS protocol.
+    Master,
 }
 
 /// `[steering]`.

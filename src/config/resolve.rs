@@ -9,7 +9,7 @@ use super::problems::Problems;
 use super::schema::{self, Raw, Scalar};
 use super::values::{parse_mode, parse_share};
 use super::*;
-use super::{app, listen, socket_path, unsupported};
+use super::{app, identity, listen, socket_path, unsupported};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -139,8 +139,8 @@ fn control(raw: &schema::Control, app: &str, problems: &mut Problems) -> Control
     let socket = socket_path::resolve(&raw.socket, app, problems);
     let mut allow_users = Vec::new();
     for (index, user) in raw.allow_users.iter().enumerate() {
-        match uid(user.get_ref()) {
-            Ok(uid) => allow_users.push(uid),
+        match identity::user(user.get_ref()) {
+            Ok(user) => allow_users.push(user.uid.as_raw()),
             Err(said) => problems.add(
                 format!("control.allow_users[{index}]"),
                 Some(user.span()),
@@ -153,18 +153,6 @@ fn control(raw: &schema::Control, app: &str, problems: &mut Problems) -> Control
     let default = if allow_users.is_empty() { 0o600 } else { 0o666 };
     let mode = raw.mode.as_ref().and_then(|mode| problems.text("control.mode", mode, parse_mode));
     Control { socket, mode: mode.unwrap_or(default), allow_users }
-}
-
-fn uid(user: &Scalar) -> Result<u32, String> {
-    let unknown = || format!("there is no user {user}");
-    match user {
-        Scalar::Number(uid) => u32::try_from(*uid).map_err(|_| unknown()),
-        Scalar::Word(name) => match nix::unistd::User::from_name(name) {
-            Ok(Some(user)) => Ok(user.uid.as_raw()),
-            Ok(None) => name.parse().map_err(|_| unknown()),
-            Err(error) => Err(format!("cannot look up user {name:?}: {error}")),
-        },
-    }
 }
 
 fn log(raw: &schema::Log, problems: &mut Problems) -> Log {

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use rustix::thread::CapabilitySet;
+
 use super::*;
 
 const SMALLEST: &str = r#"
@@ -76,7 +78,8 @@ fn the_smallest_config_has_the_defaults_of_the_contract() {
     assert!((1..=1024).contains(&config.app.workers));
     assert_eq!((config.app.no_new_privileges, config.app.output), (true, Output::Tag));
     assert_eq!((config.app.stop_signal, config.app.umask), (Signal::SIGTERM, None));
-    let listen = Listen { name: "default".into(), address: "127.0.0.1:8080".parse().unwrap(), backlog: 4096 };
+    let address = "127.0.0.1:8080".parse().unwrap();
+    let listen = Listen { name: "default".into(), address, bind: Bind::Worker, v6only: false, backlog: 4096 };
     assert_eq!(config.listen, [listen]);
     assert_eq!(config.steering.engine, EngineChoice::Auto);
     assert_eq!(config.readiness.method, ReadinessMethod::Notify);
@@ -123,13 +126,7 @@ fn every_key_that_has_a_meaning_now_is_taken() {
 
 /// Keys of later versions: table, the key with its default ("" when it has none), the key asking for something.
 const LATER: &[(&str, &str, &str)] = &[
-    ("app", "capabilities = []", r#"capabilities = ["CAP_NET_BIND_SERVICE"]"#),
-    ("app", r#"cpu_affinity = "none""#, r#"cpu_affinity = "seat""#),
-    ("app", "", r#"user = "www-data""#),
-    ("app", "", r#"group = "www-data""#),
     ("listen", r#"protocol = "tcp""#, r#"protocol = "udp""#),
-    ("listen", r#"bind = "worker""#, r#"bind = "master""#),
-    ("listen", "v6only = false", "v6only = true"),
     ("listen", "force_reuseport = false", "force_reuseport = true"),
     ("listen", r#"affinity = "none""#, r#"affinity = "flow""#),
     ("listen", r#"flow_timeout = "2m""#, r#"flow_timeout = "1m""#),
@@ -164,6 +161,61 @@ fn what_comes_later_is_refused_and_its_default_accepted() {
             "{other}: {said}"
         );
     }
+}
+
+/// The smallest config with lines for `[app]`.
+fn with_app(lines: &str) -> String {
+    SMALLEST.replace("[app]", &format!("[app]\n{lines}"))
+}
+
+#[test]
+fn an_identity_is_looked_up() {
+    let app = load_text(&with_app("")).unwrap().app;
+    assert_eq!((app.identity.is_another(), app.login.len(), app.cpu_by_seat), (false, 0, false));
+    let app =
+        load_text(&with_app("user = \"root\"\ncapabilities = [\"cap_kill\", \"CAP_BPF\"]")).unwrap().app;
+    assert_eq!(app.uid().as_raw(), 0);
+    assert_eq!(app.identity.groups.unwrap().gid.as_raw(), 0);
+    assert_eq!(app.identity.capabilities, CapabilitySet::KILL | CapabilitySet::BPF);
+    assert!(app.login.contains(&("USER", Some("root".to_owned()))), "{:?}", app.login);
+    // By number, in either notation, and without an account.
+    for user in ["61234", "\"61234\""] {
+        let app = load_text(&with_app(&format!("user = {user}\ngroup = 61235\ncpu_affinity = \"seat\"")))
+            .unwrap()
+            .app;
+        let groups = app.identity.groups.clone().unwrap();
+        assert_eq!((app.uid().as_raw(), groups.gid.as_raw()), (61_234, 61_235));
+        assert_eq!(groups.supplementary, [groups.gid]);
+        assert!(app.cpu_by_seat && app.login.iter().all(|(_, value)| value.is_none()));
+    }
+    // A group alone leaves the user as it is.
+    let app = load_text(&with_app("group = \"61235\"")).unwrap().app;
+    assert_eq!((app.identity.uid, app.identity.groups.unwrap().gid.as_raw()), (None, 61_235));
+}
+
+#[test]
+fn an_identity_that_there_is_not_is_refused() {
+    for (line, says) in [
+        ("user = \"no-such-user\"", ":3:8: app.user: there is no user \"no-such-user\""),
+        ("group = \"no-such-group\"", ":3:9: app.group: there is no group \"no-such-group\""),
+        ("user = 61234", ":3:8: app.user: uid 61234 has no account on this machine, so its group is unknown"),
+        // To the kernel this number means: stay who you are.
+        ("user = 4294967295", ":3:8: app.user: there is no user 4294967295"),
+        ("group = \"4294967295\"", ":3:9: app.group: there is no group \"4294967295\""),
+        ("user = -1", ":3:8: app.user: there is no user -1"),
+        ("user = \"\"", ":3:8: app.user: there is no user \"\""),
+        (
+            "capabilities = [\"CAP_NET_BIND\"]",
+            ":3:17: app.capabilities[0]: \"CAP_NET_BIND\" is no capability",
+        ),
+        ("capabilities = [\"\"]", ":3:17: app.capabilities[0]: \"\" is no capability"),
+        ("cpu_affinity = \"cpu\"", ":3:16: app.cpu_affinity: \"cpu\" is not known"),
+    ] {
+        let said = summary(&with_app(line));
+        assert!(said.ends_with(says), "{line}: {said}");
+    }
+    let told = load_text(&with_app("capabilities = [\"CAP_NET_BIND_SERVCE\"]")).unwrap_err().to_string();
+    assert!(told.contains("did you mean `CAP_NET_BIND_SERVICE`"), "{told}");
 }
 
 #[test]

@@ -18,17 +18,8 @@ type Asked = Option<Range<usize>>;
 
 /// Adds a finding for every key in use whose feature is missing.
 pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
-    let app = raw.app.as_ref().map(|app| app.get_ref().clone()).unwrap_or_default();
     let (readiness, upgrade) = (&raw.readiness, &raw.upgrade);
-    let table: [(&str, Asked, &str); 17] = [
-        ("app.user", set(&app.user), "run reuseportd itself as that user"),
-        ("app.group", set(&app.group), "run reuseportd itself with that group"),
-        (
-            "app.capabilities",
-            not_empty(&app.capabilities),
-            "leave it out: workers keep the capabilities of reuseportd",
-        ),
-        ("app.cpu_affinity", other_than(&app.cpu_affinity, "none"), "leave it out, or write \"none\""),
+    let table: [(&str, Asked, &str); 13] = [
         ("steering.policy", other_than(&raw.steering.policy, "hash"), "leave it out, or write \"hash\""),
         ("readiness.method", only(&readiness.method, "http"), "use \"notify\" or \"listen\""),
         ("readiness.path", other_than(&readiness.path, "/healthz"), "leave it out"),
@@ -57,15 +48,9 @@ pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
     }
 }
 
-fn of_listen(listen: &Listen) -> [(&'static str, Asked, &'static str); 6] {
+fn of_listen(listen: &Listen) -> [(&'static str, Asked, &'static str); 4] {
     [
         ("protocol", other_than(&listen.protocol, "tcp"), "leave it out, or write \"tcp\""),
-        ("bind", other_than(&listen.bind, "worker"), "leave it out: workers bind the address themselves"),
-        (
-            "v6only",
-            listen.v6only.as_ref().filter(|value| *value.get_ref()).map(Spanned::span),
-            "leave it out",
-        ),
         (
             "force_reuseport",
             listen.force_reuseport.as_ref().filter(|value| *value.get_ref()).map(Spanned::span),

@@ -78,7 +78,8 @@ impl Shell {
             return listeners;
         }
         for (name, fd) in names.iter().zip(fds) {
-            let named = self.launch_of(worker).and_then(|launch| launch.listeners().find(|(_, l)| l.name == *name));
+            let named =
+                self.launch_of(worker).and_then(|launch| launch.listeners().find(|(_, l)| l.name == *name));
             let Some((group, address)) = named.map(|(group, listen)| (group, listen.address)) else {
                 self.set_wrong(
                     worker,

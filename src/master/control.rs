@@ -218,7 +218,8 @@ impl Shell {
 
     /// The end of a client's wait.
     pub(super) fn answer(&mut self, to: Ticket, receipt: Option<u32>) {
-        let Some(serial) = receipt else { return self.clients.reply(to.0, &Reply::Done, true) };
+        // The end of a stop: the connection is closed by the end of this process, so that its client sees that end.
+        let Some(serial) = receipt else { return self.clients.reply(to.0, &Reply::Done, false) };
         let receipt = self
             .receipts
             .iter()

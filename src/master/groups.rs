@@ -9,22 +9,22 @@ use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
 use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan, Probe};
 use reuseportd_sys::{capability, cbpf};
 
-use crate::config::{EngineChoice, Listen};
+use crate::config::{Bind, EngineChoice, Listen};
 
 /// The engine in force, and why it is this one.
 #[derive(Debug, Clone)]
-pub(super) struct Choice {
-    pub(super) engine: Engine,
-    pub(super) reason: String,
+pub(crate) struct Choice {
+    pub(crate) engine: Engine,
+    pub(crate) reason: String,
 }
 
 /// Why the wanted engine can't be had.
 #[derive(Debug, thiserror::Error)]
 #[error("steering.engine = \"ebpf\" can't be used here: {0}; give the master CAP_BPF, or set \"auto\"")]
-pub(super) struct EngineError(String);
+pub(crate) struct EngineError(String);
 
 /// Decides once, at start, how connections are steered.
-pub(super) fn choose(wanted: EngineChoice) -> Result<Choice, EngineError> {
+pub(crate) fn choose(wanted: EngineChoice) -> Result<Choice, EngineError> {
     let choice = |engine, reason: &str| Ok(Choice { engine, reason: reason.to_owned() });
     match wanted {
         EngineChoice::None => choice(Engine::None, "configured; upgrades lose connections"),
@@ -61,6 +61,9 @@ fn try_ebpf() -> Result<(), String> {
 pub(super) struct Group {
     pub(super) name: String,
     pub(super) address: SocketAddr,
+    pub(super) v6only: bool,
+    /// Who makes its sockets, in the latest generation.
+    pub(super) bind: Bind,
     /// Where its sockets are really bound: `[::]:80` may stand for `0.0.0.0:80`.
     pub(super) bound: Option<SocketAddr>,
     ebpf: Option<EbpfGroup>,
@@ -107,7 +110,9 @@ impl Groups {
     }
 
     fn open_one(&mut self, listen: &Listen) -> Result<GroupId, BpfError> {
-        if let Some((id, _)) = self.by_id.iter().find(|(_, group)| group.address == listen.address) {
+        if let Some((id, _)) =
+            self.by_id.iter().find(|(_, group)| (group.address, group.v6only) == listen.place())
+        {
             return Ok(*id);
         }
         let ebpf = match self.choice.engine {
@@ -115,7 +120,17 @@ impl Groups {
             Engine::Cbpf | Engine::None => None,
         };
         let (name, address) = (listen.name.clone(), listen.address);
-        let group = Group { name, address, bound: None, ebpf, record: FIRST_RECORD, migrated_before: 0 };
+        let v6only = listen.v6only;
+        let group = Group {
+            name,
+            address,
+            v6only,
+            bind: listen.bind,
+            bound: None,
+            ebpf,
+            record: FIRST_RECORD,
+            migrated_before: 0,
+        };
         group.unsteered()?;
         // The numbers of groups long gone are free again after 65,535 others.
         while self.by_id.contains_key(&GroupId(self.last)) {
@@ -130,10 +145,11 @@ impl Groups {
         self.by_id.retain(|id, _| used.contains(id));
     }
 
-    /// The names are those of the latest generation.
-    pub(super) fn rename(&mut self, id: GroupId, name: &str) {
+    /// What can differ between generations on one address is that of the latest.
+    pub(super) fn rename(&mut self, id: GroupId, listen: &Listen) {
         if let Some(group) = self.by_id.get_mut(&id) {
-            name.clone_into(&mut group.name);
+            listen.name.clone_into(&mut group.name);
+            group.bind = listen.bind;
         }
     }
 
@@ -171,15 +187,22 @@ impl Groups {
         &self,
         id: GroupId,
         listener: BorrowedFd<'_>,
+        key: Option<u32>,
         source: SocketAddr,
         connect: impl FnOnce() -> io::Result<T>,
     ) -> io::Result<T> {
         let ebpf = self.ebpf(id).map_err(io::Error::from_raw_os_error)?;
         let failed = |error: BpfError| io::Error::other(error);
-        ebpf.attach(listener).and_then(|()| ebpf.admit(PROOF_KEY, listener)).map_err(failed)?;
-        let probe = ebpf.set_probe(Some(Probe { remote: source, key: PROOF_KEY })).map_err(failed);
-        let connected = probe.and_then(|()| connect());
-        ebpf.set_probe(None).and_then(|()| ebpf.remove(PROOF_KEY)).map_err(failed)?;
+        // A socket has one key at the most.
+        if key.is_none() {
+            ebpf.attach(listener).and_then(|()| ebpf.admit(PROOF_KEY, listener)).map_err(failed)?;
+        }
+        let probe = ebpf.set_probe(Some(Probe { remote: source, key: key.unwrap_or(PROOF_KEY) }));
+        let connected = probe.map_err(failed).and_then(|()| connect());
+        ebpf.set_probe(None).map_err(failed)?;
+        if key.is_none() {
+            ebpf.remove(PROOF_KEY).map_err(failed)?;
+        }
         connected
     }
 

@@ -16,15 +16,16 @@ use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::socket;
 use reuseportd_wire::env;
+use rustix::fs::Access;
+use rustix::thread::{CpuSet, sched_getaffinity};
 
 use super::groups::Groups;
 use super::output::Output;
 use super::process::{LastLines, Process};
+use super::runtime::Runtime;
+use super::seats::FIRST_NUMBER;
 use super::{Shell, clock};
 use crate::config::{self, Config, Listen, Output as OutputMode};
-
-/// The number under which a worker finds its channel.
-const CHANNEL_NUMBER: i32 = 3;
 
 /// What the workers of one generation are started from, however often: the config and the program as they were when
 /// the generation was asked for.
@@ -49,20 +50,35 @@ pub(super) enum LaunchError {
     NotFound(String),
     #[error("app.command: cannot open {path}: {source}")]
     Open { path: String, source: io::Error },
-    #[error("app.working_directory: {path} can't be entered: {source}")]
+    #[error("app.working_directory: {path} can't be entered by a worker: {source}")]
     Directory { path: String, source: io::Error },
+    #[error(
+        "a worker can't reach the notify socket {path}: {source}; open its directory to the workers' user (chmod o+x), \
+         or choose another control.socket"
+    )]
+    Notify { path: String, source: io::Error },
+    #[error(transparent)]
+    Identity(#[from] config::IdentityError),
     #[error("no steering for a new listener: {0}")]
     Steering(#[from] BpfError),
 }
 
 impl Launch {
     /// Finds and pins the program.
-    pub(super) fn prepare(config: Rc<Config>, groups: &mut Groups) -> Result<Launch, LaunchError> {
+    pub(super) fn prepare(
+        config: Rc<Config>,
+        runtime: &Runtime,
+        groups: &mut Groups,
+    ) -> Result<Launch, LaunchError> {
+        config.app.check_identity()?;
+        let notify = runtime.notify_path();
+        let failed = |source| LaunchError::Notify { path: notify.display().to_string(), source };
+        config.app.access(&notify, Access::WRITE_OK).map_err(failed)?;
         let variables =
             config.app.variables().map_err(|error| LaunchError::Environment(error.to_string()))?;
         if let Some(directory) = &config.app.working_directory {
             let failed = |source| LaunchError::Directory { path: directory.display().to_string(), source };
-            std::fs::read_dir(directory).map_err(failed)?;
+            config.app.access(&directory.join("."), Access::EXEC_OK).map_err(failed)?;
         }
         let path = config::find_executable(&config.app, &variables)
             .map_err(|error| LaunchError::NotFound(error.to_string()))?;
@@ -77,6 +93,11 @@ impl Launch {
         self.groups.iter().copied().zip(&self.config.listen)
     }
 
+    /// The number under which a worker finds its channel: behind its sockets, whose numbers are fixed.
+    fn channel_number(&self) -> i32 {
+        (FIRST_NUMBER..).nth(self.seat_listeners().count()).unwrap_or(FIRST_NUMBER)
+    }
+
     fn environment(
         &self,
         shell: &Shell,
@@ -87,6 +108,12 @@ impl Launch {
             std::env::vars_os().filter(|(name, _)| !env::OWNED.iter().any(|owned| name == owned)).collect();
         // Stderr is no longer what the service manager gave: a worker that believed so would log past the master.
         variables.remove(std::ffi::OsStr::new("JOURNAL_STREAM"));
+        for (name, value) in &self.config.app.login {
+            match value {
+                Some(value) => variables.insert(name.into(), value.into()),
+                None => variables.remove(std::ffi::OsStr::new(name)),
+            };
+        }
         variables.extend(self.variables.iter().map(|(name, value)| (name.into(), value.into())));
         let app = &self.config.app;
         let listen: Vec<env::Listen> = self
@@ -99,14 +126,15 @@ impl Launch {
                 address: listen.address,
             })
             .collect();
-        let own = [
+        let mut own = vec![
             (env::APP, app.name.clone()),
             (env::GENERATION, generation.0.to_string()),
             (env::SEAT, seat.0.to_string()),
             (env::WORKERS, app.workers.to_string()),
             (env::LISTEN, env::format_listen(&listen)),
-            (env::CHANNEL, CHANNEL_NUMBER.to_string()),
+            (env::CHANNEL, self.channel_number().to_string()),
         ];
+        own.extend(self.seat_variables());
         variables.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
         variables.insert(env::NOTIFY_SOCKET.into(), shell.runtime.notify_path().into());
         variables
@@ -146,7 +174,7 @@ impl Shell {
         let launch = self.launches.get(&generation).ok_or_else(missing)?;
         let prepare = |error: io::Error| {
             let errno = super::groups::errno(&error);
-            (format!("cannot prepare its descriptors: {error}"), errno)
+            (format!("cannot prepare its surroundings: {error}"), errno)
         };
         let nul = |error: NulError| (format!("a NUL byte in its arguments: {error}"), nix::libc::EINVAL);
         let app = &launch.config.app;
@@ -161,13 +189,18 @@ impl Shell {
             OutputMode::Inherit => None,
         };
         let writer = pipe.as_ref().map(|(_, writer)| writer.as_fd());
+        if let Some(writer) = writer.filter(|_| app.identity.uid.is_some()) {
+            // So that it may open /dev/stderr, as many a program's log file is set to. Others write all the same.
+            let _ = rustix::fs::fchown(writer, app.identity.uid, None);
+        }
         let (stdout, stderr) = (rustix::stdio::stdout(), rustix::stdio::stderr());
-        let fds: [(BorrowedFd<'_>, i32); 4] = [
+        let mut fds: Vec<(BorrowedFd<'_>, i32)> = vec![
             (null.as_fd(), 0),
             (writer.unwrap_or(stdout), 1),
             (writer.unwrap_or(stderr), 2),
-            (theirs.as_fd(), CHANNEL_NUMBER),
+            (theirs.as_fd(), launch.channel_number()),
         ];
+        fds.extend(self.seat_fds(launch, seat));
         let directory =
             app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
         let directory = directory.transpose().map_err(nul)?;
@@ -187,8 +220,11 @@ impl Shell {
             executable: &launch.executable,
             argv: &argv,
             envp: &envp,
+            pid_variable: launch.seat_listeners().next().map(|_| env::LISTEN_PID),
             fds: &fds,
             umask: app.umask,
+            identity: &app.identity,
+            cpus: app.cpu_by_seat.then(|| cpu_of(seat)).transpose().map_err(prepare)?,
             directory: directory.as_deref(),
             limits: &limits,
             no_new_privileges: app.no_new_privileges,
@@ -200,6 +236,15 @@ impl Shell {
         let output = pipe.map(|(reader, _)| Output::new(reader, generation.0, seat.0, spawned.pid));
         Ok(process(generation, seat, spawned, channel, output))
     }
+}
+
+/// The seat's processor among those this process may use.
+fn cpu_of(seat: Seat) -> io::Result<CpuSet> {
+    let allowed = sched_getaffinity(None)?;
+    let mut allowed = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).cycle();
+    let mut set = CpuSet::new();
+    set.set(allowed.nth(seat.0.into()).ok_or(io::ErrorKind::NotFound)?);
+    Ok(set)
 }
 
 fn process(

@@ -4,20 +4,25 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use reuseportd_core::{GroupId, ListenerId, WorkerId};
+use reuseportd_core::{GroupId, ListenerId, Seat, WorkerId};
 use reuseportd_sys::{pidfd, procfs, socket};
 
 /// One socket.
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) group: GroupId,
-    pub(super) worker: WorkerId,
+    /// The worker that made it; `None` for the socket of a seat, which the master made.
+    pub(super) worker: Option<WorkerId>,
+    /// The seat whose socket it is.
+    seat: Option<Seat>,
     /// The kernel's name for the socket, the same in every process that holds it.
     pub(super) cookie: u64,
     pub(super) inode: u64,
     /// A process that holds it, and under which number; `None` if it came over the channel.
     pub(super) owner: Option<(i32, i32)>,
     pub(super) handle: Option<OwnedFd>,
+    /// `ebpf`: the key it was last put under.
+    pub(super) key: Option<u32>,
 }
 
 /// All listeners the core knows, or will be told of.
@@ -36,11 +41,36 @@ impl Listeners {
         owner: Option<(i32, i32)>,
         handle: OwnedFd,
     ) -> io::Result<ListenerId> {
+        self.insert(group, Some(worker), None, owner, handle)
+    }
+
+    /// Takes in the socket of a seat.
+    pub(super) fn add_seat(&mut self, group: GroupId, seat: Seat, socket: OwnedFd) -> io::Result<ListenerId> {
+        self.insert(group, None, Some(seat), None, socket)
+    }
+
+    fn insert(
+        &mut self,
+        group: GroupId,
+        worker: Option<WorkerId>,
+        seat: Option<Seat>,
+        owner: Option<(i32, i32)>,
+        handle: OwnedFd,
+    ) -> io::Result<ListenerId> {
         let (cookie, inode) = (socket::cookie(handle.as_fd())?, socket::inode(handle.as_fd())?);
         self.last += 1;
         let id = ListenerId(self.last);
-        self.by_id.insert(id, Listener { group, worker, cookie, inode, owner, handle: Some(handle) });
+        self.by_id.insert(
+            id,
+            Listener { group, worker, seat, cookie, inode, owner, handle: Some(handle), key: None },
+        );
         Ok(id)
+    }
+
+    /// The socket of a seat: the latest, should an earlier one still be on its way out.
+    pub(super) fn of_seat(&self, group: GroupId, seat: Seat) -> Option<ListenerId> {
+        let is_it = |listener: &Listener| listener.group == group && listener.seat == Some(seat);
+        self.by_id.iter().rev().find(|(_, listener)| is_it(listener)).map(|(id, _)| *id)
     }
 
     pub(super) fn of(&self, id: ListenerId) -> Option<&Listener> {
@@ -49,12 +79,23 @@ impl Listeners {
 
     /// Every listener of a worker.
     pub(super) fn of_worker(&self, worker: WorkerId) -> impl Iterator<Item = ListenerId> {
-        self.by_id.iter().filter(move |(_, listener)| listener.worker == worker).map(|(id, _)| *id)
+        self.by_id.iter().filter(move |(_, listener)| listener.worker == Some(worker)).map(|(id, _)| *id)
     }
 
     /// The master's handle.
     pub(super) fn handle(&self, id: ListenerId) -> Option<BorrowedFd<'_>> {
         self.by_id.get(&id)?.handle.as_ref().map(AsFd::as_fd)
+    }
+
+    /// A listener was put under this key, in the place of whichever was there; or the key is empty now.
+    pub(super) fn note_key(&mut self, group: GroupId, key: u32, listener: Option<ListenerId>) {
+        for (id, record) in self.by_id.iter_mut().filter(|(_, record)| record.group == group) {
+            if Some(*id) == listener {
+                record.key = Some(key);
+            } else {
+                record.key = record.key.filter(|of| *of != key);
+            }
+        }
     }
 
     /// Any handle of a group: programs are attached to a group through one of its sockets.
@@ -97,7 +138,7 @@ impl Listeners {
 
     /// A worker is gone: what the master holds no handle of is gone with it.
     pub(super) fn forget_worker(&mut self, worker: WorkerId) {
-        self.by_id.retain(|_, listener| listener.worker != worker || listener.handle.is_some());
+        self.by_id.retain(|_, listener| listener.worker != Some(worker) || listener.handle.is_some());
     }
 
     /// Whether a process of this worker still holds the socket. Unknown counts as yes.
@@ -107,8 +148,10 @@ impl Listeners {
             return true;
         }
         let holds = |pid: i32| {
-            procfs::socket_inodes(pid)
-                .is_ok_and(|held| held.iter().any(|(_, inode)| *inode == listener.inode))
+            procfs::socket_inodes(pid).map_or_else(
+                |error| error.kind() == std::io::ErrorKind::PermissionDenied,
+                |held| held.iter().any(|(_, inode)| *inode == listener.inode),
+            )
         };
         procfs::descendants(pid, pid).map_or(true, |pids| pids.into_iter().any(holds))
     }

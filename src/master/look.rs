@@ -11,10 +11,14 @@ use reuseportd_sys::{pidfd, procfs, socket};
 
 use super::Shell;
 use super::launch::Launch;
-use crate::config::clash;
+use crate::config::{Bind, Listen, clash};
 
 /// How often a dump is asked for again after the kernel said that it changed underneath.
 const DUMP_ATTEMPTS: usize = 5;
+
+/// What lets the master get at the listeners of unmodified workers.
+const REACH: &str = "give the master CAP_SYS_PTRACE and a seccomp filter that allows pidfd_getfd, or let the worker speak \
+                     the handover protocol";
 
 /// A listener that a process of a worker holds.
 #[derive(Debug, Clone)]
@@ -64,11 +68,15 @@ impl Shell {
             Missing::NotYet(Problem::Failed(errno), format!("looking for its listeners failed: {error}"))
         };
         let listening = dump(None, states::LISTEN).map_err(failed)?;
-        let held = held_by(pid, &listening).map_err(failed)?;
+        let held = held_by(pid, &listening).map_err(|error| match self.launch_of(worker) {
+            Some(launch) if error.kind() == io::ErrorKind::PermissionDenied => hidden(launch, &error),
+            _ => failed(error),
+        })?;
         let mut wanted = Vec::new();
-        for (id, listen) in self.launch_of(worker).into_iter().flat_map(Launch::listeners) {
-            let here: Vec<Held> =
-                held.iter().filter(|held| serves(held.socket.local, listen.address)).cloned().collect();
+        // What the master made needs no looking for.
+        let own = self.launch_of(worker).into_iter().flat_map(Launch::listeners);
+        for (id, listen) in own.filter(|(_, listen)| listen.bind == Bind::Worker) {
+            let here: Vec<Held> = held.iter().filter(|held| serves(&held.socket, listen)).cloned().collect();
             if here.is_empty() {
                 return Err(not_here(id, listen.address, &held));
             }
@@ -151,7 +159,9 @@ impl Shell {
         let address = group.bound.unwrap_or(group.address);
         let mut strangers: BTreeSet<u64> = dump(Some(address.port()), states::LISTEN)?
             .into_iter()
-            .filter(|socket| clash(socket.local, address).is_some())
+            .filter(|socket| {
+                clash((socket.local, socket.v6only == Some(true)), (address, group.v6only)).is_some()
+            })
             .filter(|socket| self.listeners.by_cookie(id, socket.cookie).is_none())
             .map(|socket| u64::from(socket.inode))
             .collect();
@@ -191,9 +201,14 @@ fn held_by(pid: i32, listening: &[Socket]) -> io::Result<Vec<Held>> {
         listening.iter().map(|socket| (u64::from(socket.inode), socket)).collect();
     let mut seen = BTreeSet::new();
     let mut held = Vec::new();
+    let mut denied = None;
     for pid in procfs::descendants(pid, pid)? {
-        // A child may have ended since it was listed.
-        for (number, inode) in procfs::socket_inodes(pid).unwrap_or_default() {
+        let inodes = procfs::socket_inodes(pid).unwrap_or_else(|error| {
+            // A child may have ended since it was listed, which is no error.
+            denied = Some(error).filter(|error| error.kind() == io::ErrorKind::PermissionDenied);
+            Vec::new()
+        });
+        for (number, inode) in inodes {
             if let Some(socket) = by_inode.get(&inode)
                 && seen.insert(inode)
             {
@@ -201,17 +216,18 @@ fn held_by(pid: i32, listening: &[Socket]) -> io::Result<Vec<Held>> {
             }
         }
     }
-    Ok(held)
+    denied.filter(|_| held.is_empty()).map_or(Ok(held), Err)
 }
 
-/// Whether a listener there takes what arrives at a configured address: itself, or a dual-stack `[::]` for `0.0.0.0`.
-fn serves(local: SocketAddr, address: SocketAddr) -> bool {
-    local == address
-        || (local.port() == address.port() && is_any(local) && is_any(address) && local.is_ipv6())
-}
-
-fn is_any(address: SocketAddr) -> bool {
-    address.ip().is_unspecified()
+/// Whether a listener takes what arrives at a configured address: itself, or a dual-stack `[::]` for `0.0.0.0`.
+fn serves(socket: &Socket, listen: &Listen) -> bool {
+    let is_v6only = socket.v6only.unwrap_or(false);
+    let is_dual_stack = socket.local.is_ipv6() && socket.local.ip().is_unspecified() && !is_v6only;
+    if socket.local == listen.address {
+        return is_v6only || !listen.v6only || !is_dual_stack;
+    }
+    let is_any_v4 = listen.address.is_ipv4() && listen.address.ip().is_unspecified();
+    socket.local.port() == listen.address.port() && is_dual_stack && is_any_v4
 }
 
 fn not_here(id: GroupId, address: SocketAddr, held: &[Held]) -> Missing {
@@ -227,13 +243,17 @@ fn not_here(id: GroupId, address: SocketAddr, held: &[Held]) -> Missing {
     Missing::NotYet(Problem::WrongAddress(id), text)
 }
 
+/// The worker's descriptors can't be seen at all.
+fn hidden(launch: &Launch, error: &io::Error) -> Missing {
+    let text = format!("its listeners can't be seen ({error}): {REACH}");
+    let group = launch.groups.first().copied().unwrap_or(GroupId(0));
+    Missing::Never(Problem::NotPermitted(group), text)
+}
+
 /// A duplicate of a worker's listener, which has to be in a SO_REUSEPORT group.
 fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd, Missing> {
     let denied = |error: io::Error| {
-        let text = format!(
-            "its listener on {address} can't be reached ({error}): give the master CAP_SYS_PTRACE, or let the worker \
-             speak the handover protocol"
-        );
+        let text = format!("its listener on {address} can't be reached ({error}): {REACH}");
         Missing::Never(Problem::NotPermitted(id), text)
     };
     let handle = pidfd::open(held.pid).and_then(|process| pidfd::getfd(process.as_fd(), held.number));
@@ -265,15 +285,38 @@ fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd,
 mod tests {
     use super::*;
 
-    fn address(text: &str) -> SocketAddr {
-        text.parse().unwrap()
+    fn is_served(local: &str, socket_v6only: bool, address: &str, v6only: bool) -> bool {
+        let local = local.parse().unwrap();
+        let socket = Socket {
+            state: states::LISTEN,
+            local,
+            remote: local,
+            inode: 1,
+            cookie: 1,
+            uid: 0,
+            recv_queue: 0,
+            send_queue: 0,
+            drops: None,
+            v6only: Some(socket_v6only),
+        };
+        let listen = Listen {
+            name: "x".into(),
+            address: address.parse().unwrap(),
+            bind: Bind::Worker,
+            v6only,
+            backlog: 1,
+        };
+        serves(&socket, &listen)
     }
 
     #[test]
     fn a_dual_stack_listener_serves_the_ipv4_address() {
-        assert!(serves(address("[::]:80"), address("0.0.0.0:80")));
-        assert!(!serves(address("[::]:80"), address("127.0.0.1:80")));
-        assert!(!serves(address("0.0.0.0:80"), address("[::]:80")));
-        assert!(serves(address("127.0.0.1:80"), address("127.0.0.1:80")));
+        assert!(is_served("127.0.0.1:80", false, "127.0.0.1:80", false));
+        assert!(is_served("[::]:80", false, "0.0.0.0:80", false));
+        assert!(!is_served("[::]:80", true, "0.0.0.0:80", false));
+        assert!(!is_served("[::]:80", false, "127.0.0.1:80", false));
+        assert!(!is_served("0.0.0.0:80", false, "[::]:80", false));
+        assert!(is_served("[::]:80", true, "[::]:80", true));
+        assert!(!is_served("[::]:80", false, "[::]:80", true), "it would take IPv4 as well");
     }
 }

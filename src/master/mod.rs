@@ -18,6 +18,7 @@ mod reload;
 mod report;
 mod run;
 mod runtime;
+mod seats;
 mod start;
 mod status;
 mod upstream;
@@ -42,6 +43,7 @@ use self::runtime::Runtime;
 use self::upstream::Upstream;
 use crate::config::Config;
 
+pub(crate) use self::groups::choose;
 pub(crate) use self::start::run;
 
 /// Everything the master owns. What is to survive an exec is plain data in `core`, and descriptors in tables by the

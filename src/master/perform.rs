@@ -24,6 +24,10 @@ impl Shell {
                 };
                 self.inbox.push_back(event);
             }
+            Command::Bind { group, worker, generation, seat } => {
+                let result = self.bind_seat(group, generation, seat);
+                self.inbox.push_back(Event::Bound { group, worker, result });
+            }
             Command::Signal { worker, signal } => self.signal(worker, signal),
             Command::Reap { worker } => self.reap(worker),
             Command::CheckRemains { worker } => {
@@ -47,7 +51,10 @@ impl Shell {
                 let result = self.admit(listener, key);
                 self.inbox.push_back(Event::Admitted { listener, result });
             }
-            Command::Evict { group, key } => self.groups.evict(group, key),
+            Command::Evict { group, key } => {
+                self.groups.evict(group, key);
+                self.listeners.note_key(group, key, None);
+            }
             Command::Steer { group, ranges } => {
                 let result = self.groups.steer(group, &ranges);
                 self.inbox.push_back(Event::Steered { group, result });
@@ -61,12 +68,12 @@ impl Shell {
                 let result = self.listeners.anchor(listener).map_err(|error| errno(&error));
                 self.inbox.push_back(Event::Anchored { listener, result });
             }
-            Command::Owns { listener } => {
-                let owned = self.is_owned(listener);
+            Command::Owns { listener, worker } => {
+                let owned = self.is_owned(listener, worker);
                 self.inbox.push_back(Event::Owned { listener, owned });
             }
             Command::Release { listener, shutdown } => {
-                let worker = self.listeners.of(listener).map(|listener| listener.worker);
+                let worker = self.listeners.of(listener).and_then(|listener| listener.worker);
                 let lives = worker.is_some_and(|worker| self.processes.contains_key(&worker));
                 self.listeners.release(listener, shutdown, lives);
             }
@@ -141,22 +148,24 @@ impl Shell {
 
     fn listen(&self, id: ListenerId) -> Result<(), i32> {
         let listener = self.listeners.of(id).ok_or(nix::libc::ENOENT)?;
-        let launch = self.launch_of(listener.worker).ok_or(nix::libc::ENOENT)?;
+        let launch = listener.worker.and_then(|worker| self.launch_of(worker)).ok_or(nix::libc::ENOENT)?;
         let configured = launch.listeners().find(|(group, _)| *group == listener.group);
-        let backlog = configured.and_then(|(_, listen)| i32::try_from(listen.backlog).ok()).unwrap_or(i32::MAX);
+        let backlog =
+            configured.and_then(|(_, listen)| i32::try_from(listen.backlog).ok()).unwrap_or(i32::MAX);
         let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;
         socket::listen(handle, backlog).map_err(|error| errno(&error))
     }
 
-    fn admit(&self, id: ListenerId, key: u32) -> Result<(), i32> {
+    fn admit(&mut self, id: ListenerId, key: u32) -> Result<(), i32> {
         let group = self.listeners.of(id).map(|listener| listener.group).ok_or(nix::libc::ENOENT)?;
         let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;
-        self.groups.admit(group, key, handle)
+        self.groups.admit(group, key, handle)?;
+        self.listeners.note_key(group, key, Some(id));
+        Ok(())
     }
 
-    fn is_owned(&self, id: ListenerId) -> bool {
-        let worker = self.listeners.of(id).map(|listener| listener.worker);
-        let pid = worker.and_then(|worker| self.processes.get(&worker)).map(|process| process.pid);
+    fn is_owned(&self, id: ListenerId, worker: WorkerId) -> bool {
+        let pid = self.processes.get(&worker).map(|process| process.pid);
         pid.is_some_and(|pid| self.listeners.is_owned(id, pid))
     }
 
@@ -230,7 +239,7 @@ impl Shell {
                 tracing::warn!(%error, "cannot change the log level");
             }
             for (group, listen) in launch.listeners() {
-                self.groups.rename(group, &listen.name);
+                self.groups.rename(group, listen);
             }
             self.launches.insert(generation, launch);
         }

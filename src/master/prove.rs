@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use reuseportd_core::{ListenerId, WorkerId};
 use reuseportd_sys::diag::{Socket as Listed, states};
-use reuseportd_sys::socket;
+use reuseportd_sys::{procfs, socket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Socket, Type};
 
@@ -23,15 +23,29 @@ pub(super) struct Proof {
     _connection: Socket,
     source: SocketAddr,
     port: u16,
+    /// Others may accept from this listener too.
+    is_shared: bool,
+}
+
+/// What became of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Waits,
+    /// Under this inode, which is 0 where there is none to tell.
+    Accepted(u64),
 }
 
 impl Proof {
-    /// Whether the worker has taken it. With TCP_DEFER_ACCEPT there is nothing to take before data comes: such a
-    /// listener can't be proven by an empty connection, and passes.
-    fn is_accepted(&self, listed: &[Listed]) -> bool {
+    /// With TCP_DEFER_ACCEPT there is nothing to take before data comes: such a listener can't be proven by an empty
+    /// connection, and passes.
+    fn fate(&self, listed: &[Listed]) -> Fate {
         let ours =
             listed.iter().find(|socket| socket.remote == self.source && socket.local.port() == self.port);
-        ours.is_none_or(|socket| socket.inode != 0 || socket.state == states::SYN_RECV)
+        match ours {
+            Some(socket) if socket.inode == 0 && socket.state != states::SYN_RECV => Fate::Waits,
+            Some(socket) => Fate::Accepted(socket.inode.into()),
+            None => Fate::Accepted(0),
+        }
     }
 }
 
@@ -47,20 +61,44 @@ impl Shell {
                 }
             }
         }
-        let accepted = self.proofs.get(&worker).is_some_and(|proofs| {
-            proofs.iter().all(|proof| dump(Some(proof.port), HAS_PEER).is_ok_and(|l| proof.is_accepted(&l)))
-        });
-        if accepted {
-            self.proofs.remove(&worker);
+        let proofs = self.proofs.get(&worker).map(Vec::as_slice).unwrap_or_default();
+        let verdicts: Option<Vec<bool>> =
+            proofs.iter().map(|proof| self.is_accepted(worker, proof)).collect();
+        let Some(verdicts) = verdicts else { return false };
+        // If another process was faster, the next look tries again.
+        self.proofs.remove(&worker);
+        verdicts.into_iter().all(|is_its| is_its)
+    }
+
+    /// Whether the worker accepted it (`true`), or another process; `None` as long as it waits.
+    fn is_accepted(&self, worker: WorkerId, proof: &Proof) -> Option<bool> {
+        match proof.fate(&dump(Some(proof.port), HAS_PEER).ok()?) {
+            Fate::Waits => None,
+            Fate::Accepted(_) if !proof.is_shared => Some(true),
+            Fate::Accepted(inode) => {
+                let pid = self.pid(worker);
+                let holds = |pid: i32| {
+                    procfs::socket_inodes(pid)
+                        .is_ok_and(|held| held.iter().any(|(_, of)| *of == inode && inode != 0))
+                };
+                Some(procfs::descendants(pid, pid).is_ok_and(|pids| pids.into_iter().any(holds)))
+            }
         }
-        accepted
     }
 
+    /// Its own listeners, and its seat's, which an older worker may accept from as well.
     fn connect_to_all(&self, worker: WorkerId) -> io::Result<Vec<Proof>> {
-        self.listeners.of_worker(worker).map(|listener| self.connect_to(listener)).collect()
+        let own = self.listeners.of_worker(worker).map(|listener| (listener, false));
+        let seat = self.processes.get(&worker).map(|process| process.seat);
+        let of_seat = self.launch_of(worker).zip(seat).into_iter().flat_map(|(launch, seat)| {
+            launch.seat_listeners().filter_map(move |(group, _)| self.listeners.of_seat(group, seat))
+        });
+        own.chain(of_seat.map(|listener| (listener, true)))
+            .map(|(id, shared)| self.connect_to(id, shared))
+            .collect()
     }
 
-    fn connect_to(&self, id: ListenerId) -> io::Result<Proof> {
+    fn connect_to(&self, id: ListenerId, is_shared: bool) -> io::Result<Proof> {
         let listener = self.listeners.of(id).ok_or(io::ErrorKind::NotFound)?;
         let handle = self.listeners.handle(id).ok_or(io::ErrorKind::NotFound)?;
         let mut target = socket::local_addr(handle)?;
@@ -74,7 +112,7 @@ impl Shell {
             Socket::new(Domain::for_address(target), Type::STREAM.nonblocking().cloexec(), None)?;
         connection.bind(&SocketAddr::new(target.ip(), 0).into())?;
         let source = connection.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
-        self.groups.past_all(listener.group, handle, source, || {
+        self.groups.past_all(listener.group, handle, listener.key, source, || {
             match connection.connect(&target.into()) {
                 Err(error) if error.raw_os_error() != Some(nix::libc::EINPROGRESS) => return Err(error),
                 Ok(()) | Err(_) => {}
@@ -85,7 +123,7 @@ impl Shell {
                 _ => connection.take_error()?.map_or(Ok(()), Err),
             }
         })?;
-        Ok(Proof { _connection: connection, source, port: target.port() })
+        Ok(Proof { _connection: connection, source, port: target.port(), is_shared })
     }
 }
 

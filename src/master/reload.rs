@@ -39,7 +39,8 @@ impl Shell {
         })?;
         let refuse = |text: String| (text.clone(), Refusal { text, code: 1 });
         self.check_change(&config).map_err(refuse)?;
-        let launch = Launch::prepare(Rc::new(config), &mut self.groups).map_err(|error| refuse(error.to_string()))?;
+        let launch = Launch::prepare(Rc::new(config), &self.runtime, &mut self.groups)
+            .map_err(|error| refuse(error.to_string()))?;
         let plan = plan(&launch, self.groups.choice.engine);
         Ok((launch, plan))
     }
@@ -56,15 +57,24 @@ impl Shell {
         if new.steering.engine != self.config.steering.engine {
             return Err(format!("steering.engine can't change in an upgrade: {restart}"));
         }
+        let (old_uid, new_uid) = (self.config.app.uid().as_raw(), new.app.uid().as_raw());
+        if new_uid != old_uid {
+            return Err(format!(
+                "app.user can't change in an upgrade (uid {old_uid} to {new_uid}): the kernel lets only sockets of one \
+                 uid share an address, so the new workers could not bind beside those that serve; {restart}"
+            ));
+        }
         self.check_overlap(new)
     }
 
     /// A new address that shares traffic with one in use takes it at once, before any of its workers is ready.
     fn check_overlap(&self, new: &Config) -> Result<(), String> {
         for listen in &new.listen {
-            let in_use = self.groups.iter().map(|(_, group)| group.address);
-            let mut others = in_use.filter(|address| *address != listen.address);
-            if let Some((other, why)) = others.find_map(|other| Some((other, config::clash(other, listen.address)?))) {
+            let in_use = self.groups.iter().map(|(_, group)| (group.address, group.v6only));
+            let mut others = in_use.filter(|place| *place != listen.place());
+            if let Some(((other, _), why)) =
+                others.find_map(|other| Some((other, config::clash(other, listen.place())?)))
+            {
                 return Err(format!(
                     "listen {:?}: {} can't be added while {other} is served: the kernel would give it connections \
                      before its workers are ready ({why}); restart the service to change it",
@@ -113,6 +123,7 @@ pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
     Plan {
         workers: config.app.workers,
         groups: launch.groups.clone(),
+        seat_groups: launch.seat_listeners().map(|(group, _)| group).collect(),
         readiness: match config.readiness.method {
             ReadinessMethod::Notify => Readiness::Notify,
             ReadinessMethod::Listen => Readiness::Listen,

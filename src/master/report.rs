@@ -198,7 +198,7 @@ impl Shell {
 
     /// STATUS for the service manager, progress for clients that wait.
     fn say_state(&mut self, phase: wire::Phase, text: &str, ready: Option<(u32, u32)>) {
-        self.upstream.status(text);
+        self.upstream.status(&format!("{phase}: {text}"));
         self.clients.progress(phase, text, ready);
     }
 
@@ -206,11 +206,11 @@ impl Shell {
         let n = generation.0;
         tracing::info!(event = "phase", generation = n, phase = %words::phase(phase), "generation {n}: {}", words::phase(phase));
         let text = match phase {
-            Phase::Launching => format!("launching generation {n}"),
-            Phase::Steering => format!("switching to generation {n}"),
-            Phase::Retiring => format!("generation {n} serves; the old one is retiring"),
-            Phase::RollingBack => format!("generation {n} failed: rolling back"),
-            Phase::Draining => format!("generation {n} serves; the old one finishes its connections"),
+            Phase::Launching => format!("generation {n} starts"),
+            Phase::Steering => format!("new connections go to generation {n}"),
+            Phase::Retiring => format!("generation {n} serves, the listeners of the old one leave"),
+            Phase::RollingBack => format!("generation {n} failed, the old one serves on"),
+            Phase::Draining => format!("generation {n} serves, the old one finishes its connections"),
         };
         self.say_state(words::phase(phase), &text, None);
     }

@@ -113,8 +113,11 @@ fn make_directory(path: &Path) -> Result<bool, RuntimeError> {
     let existed = fs::symlink_metadata(path).is_ok();
     if !existed {
         let failed = |source| RuntimeError::Create { path: path.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).map_err(failed)?;
+        // Whatever the umask, and those above it too.
+        let before = rustix::process::umask(rustix::fs::Mode::empty());
+        let made = DirBuilder::new().recursive(true).mode(0o711).create(path);
+        rustix::process::umask(before);
+        made.map_err(failed)?;
     }
     let metadata = fs::symlink_metadata(path)
         .map_err(|source| RuntimeError::Create { path: path.to_owned(), source })?;

@@ -66,7 +66,7 @@ fn prepare(
     );
     let engine = choice.engine;
     let mut groups = Groups::new(choice);
-    let launch = Launch::prepare(Rc::clone(config), &mut groups).map_err(|error| text(&error))?;
+    let launch = Launch::prepare(Rc::clone(config), &runtime, &mut groups).map_err(|error| text(&error))?;
     let plan = reload::plan(&launch, engine);
     Ok(Shell {
         core: Master::new(engine),

@@ -12,6 +12,7 @@ use reuseportd_wire::status as wire;
 use sha2::{Digest, Sha256};
 
 use super::{Shell, clock};
+use crate::config::Bind;
 
 /// A larger executable is not hashed: reading it would hold the master up.
 const HASHED_BYTES_MAX: u64 = 256 << 20;
@@ -131,7 +132,10 @@ impl Shell {
                 name: group.name.clone(),
                 address: group.address.to_string(),
                 protocol: wire::Protocol::Tcp,
-                bind: wire::Bind::Worker,
+                bind: match group.bind {
+                    Bind::Worker => wire::Bind::Worker,
+                    Bind::Master => wire::Bind::Master,
+                },
                 engine,
                 engine_reason: choice.reason.clone(),
                 strangers: self.strangers(id).ok(),

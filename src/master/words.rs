@@ -56,6 +56,11 @@ impl Shell {
                 };
                 format!("{text}{detail}{}", self.evidence(worker))
             }
+            Reason::BindFailed(seat, group, number) => {
+                let address =
+                    self.groups.of(group).map_or_else(String::new, |group| group.address.to_string());
+                format!("the socket of seat {} could not be bound to {address}: {}", seat.0, errno(number))
+            }
             Reason::ListenFailed(_, worker, number) => {
                 format!("listen() failed on a socket of {}: {}", self.who(worker), errno(number))
             }

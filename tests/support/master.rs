@@ -11,8 +11,8 @@ use rustix::process::Signal;
 
 use super::PATIENCE;
 use super::app::App;
-use super::manager::Manager;
 use super::process::{Done, Running, kill, processes_of, signal, wait};
+use super::upstream::Upstream;
 use super::world::World;
 
 /// The program under test.
@@ -23,7 +23,7 @@ pub(crate) const REUSEPORTD: &str = env!("CARGO_BIN_EXE_reuseportd");
 pub(crate) struct Master<'a> {
     world: &'a World,
     child: Child,
-    pub(crate) manager: Manager,
+    pub(crate) upstream: Upstream,
     config: PathBuf,
     log: PathBuf,
 }
@@ -36,7 +36,7 @@ impl<'a> Master<'a> {
         master
     }
 
-    /// Starts a master as another user.
+    /// The same as another user.
     pub(crate) fn start_as(world: &'a World, app: &App, program: PathBuf, uid: u32) -> Master<'a> {
         let mut command = Command::new(program);
         command.uid(uid).gid(uid);
@@ -48,17 +48,17 @@ impl<'a> Master<'a> {
     /// Starts a master by this command and does not wait.
     pub(crate) fn launch(world: &'a World, app: &App, mut command: Command) -> Master<'a> {
         app.write();
-        let manager = Manager::listen(&world.path("notify.sock"));
+        let upstream = Upstream::listen(&world.path("notify.sock"));
         let log = world.path("master.log");
         let child = command
             .args(["--log-format", "text", "--config"])
             .arg(&app.path)
-            .env("NOTIFY_SOCKET", manager.path())
+            .env("NOTIFY_SOCKET", upstream.path())
             .stderr(fs::File::create(&log).unwrap())
             .stdout(fs::File::create(world.path("master.out")).unwrap())
             .spawn()
             .unwrap();
-        Master { world, child, manager, config: app.path.clone(), log }
+        Master { world, child, upstream, config: app.path.clone(), log }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -67,13 +67,20 @@ impl<'a> Master<'a> {
 
     /// Waits for READY=1.
     pub(crate) fn wait_ready(&mut self) {
-        let ready = self.manager.wait(0, "READY=1", PATIENCE);
+        let ready = self.upstream.wait(0, "READY=1", PATIENCE);
         assert!(ready.is_some(), "the master does not get ready:\n{}", self.log());
     }
 
     /// What it has written to its stderr.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Connections that waited for a killed worker and had no one to go to, as the log counts them.
+    pub(crate) fn counted_losses(&self) -> u64 {
+        let log = self.log();
+        let told = log.lines().filter(|line| line.contains("event=\"leftovers_lost\""));
+        told.filter_map(|line| line.split("count=").nth(1)?.split(' ').next()?.parse::<u64>().ok()).sum()
     }
 
     /// Sends the master a signal.
@@ -83,11 +90,11 @@ impl<'a> Master<'a> {
 
     /// SIGHUP; returns when the service manager has been told that the reload is over.
     pub(crate) fn hup(&self) {
-        let mark = self.manager.mark();
+        let mark = self.upstream.mark();
         self.signal(Signal::HUP);
-        let begun = self.manager.wait(mark, "RELOADING=1", PATIENCE);
-        let over = begun.and_then(|begun| self.manager.wait(begun, "READY=1", PATIENCE));
-        assert!(over.is_some(), "no end of the reload is told: {:#?}\n{}", self.manager.told(), self.log());
+        let begun = self.upstream.wait(mark, "RELOADING=1", PATIENCE);
+        let over = begun.and_then(|begun| self.upstream.wait(begun, "READY=1", PATIENCE));
+        assert!(over.is_some(), "no end of the reload is told: {:#?}\n{}", self.upstream.told(), self.log());
     }
 
     /// A subcommand, as it would be typed.
@@ -193,6 +200,8 @@ impl Drop for Master<'_> {
         {
             kill(left.iter().map(|process| process.pid));
         }
+        // What a killed master could not remove.
+        let _ = fs::remove_dir_all(self.world.path("run"));
     }
 }
 

@@ -2,9 +2,9 @@
 
 pub(crate) mod app;
 pub(crate) mod load;
-pub(crate) mod manager;
 pub(crate) mod master;
 pub(crate) mod process;
+pub(crate) mod upstream;
 pub(crate) mod world;
 
 use std::time::Duration;

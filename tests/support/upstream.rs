@@ -10,13 +10,13 @@ use std::time::Duration;
 
 /// Collects what it is told. It reads all the time, because a service may block on a full socket.
 #[derive(Debug)]
-pub(crate) struct Manager {
+pub(crate) struct Upstream {
     path: PathBuf,
     told: Arc<(Mutex<Vec<String>>, Condvar)>,
 }
 
-impl Manager {
-    pub(crate) fn listen(path: &Path) -> Manager {
+impl Upstream {
+    pub(crate) fn listen(path: &Path) -> Upstream {
         let _ = fs::remove_file(path); // of an earlier master in the same world
         let socket = UnixDatagram::bind(path).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
@@ -30,7 +30,7 @@ impl Manager {
                 shared.1.notify_all();
             }
         });
-        Manager { path: path.to_owned(), told }
+        Upstream { path: path.to_owned(), told }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -58,7 +58,7 @@ impl Manager {
     }
 }
 
-impl Drop for Manager {
+impl Drop for Upstream {
     fn drop(&mut self) {
         if let Ok(socket) = UnixDatagram::unbound() {
             let _ = socket.send_to(&[], &self.path);

@@ -1,6 +1,7 @@
 //! A place of its own for each test: network namespace, directory, name.
 
 use std::fs;
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::panic::resume_unwind;
@@ -24,6 +25,10 @@ pub(crate) enum Need {
     Nft,
     /// A Python interpreter.
     Python,
+    /// Servers to put behind a port.
+    Nginx,
+    /// The same.
+    Gunicorn,
 }
 
 /// Where one test happens.
@@ -42,7 +47,8 @@ pub(crate) fn world(needs: &[Need], body: impl FnOnce(&World) + Send) {
         let name = thread::current().name().unwrap_or("test").to_owned();
         let require = std::env::var("REUSEPORTD_TEST_REQUIRE").is_ok_and(|what| what == "all");
         assert!(!require, "{name}: {reason}");
-        return eprintln!("SKIPPED: {name}: {reason}");
+        // Not by eprintln!, which nobody sees of a test that passes.
+        return std::io::stderr().write_all(format!("SKIPPED: {name}: {reason}\n").as_bytes()).unwrap();
     }
     // A thread can't leave its namespace again, and what it starts is born in it: so the thread ends with the test.
     let done = thread::scope(|scope| scope.spawn(|| body(&World::new())).join());
@@ -51,8 +57,9 @@ pub(crate) fn world(needs: &[Need], body: impl FnOnce(&World) + Send) {
 
 impl Need {
     fn missing(self) -> Option<String> {
-        let runs = |program: &str| {
-            let probe = Command::new(program).arg("--version").stdout(Stdio::null()).status();
+        let runs = |program: &str, version: &str| {
+            let probe =
+                Command::new(program).arg(version).stdout(Stdio::null()).stderr(Stdio::null()).status();
             (!probe.is_ok_and(|status| status.success())).then(|| format!("{program} does not run here"))
         };
         match self {
@@ -61,8 +68,10 @@ impl Need {
                 let sets = rustix::thread::capabilities(None).unwrap();
                 (!sets.effective.contains(CapabilitySet::BPF)).then(|| "needs CAP_BPF".to_owned())
             }
-            Need::Nft => Need::Root.missing().or_else(|| runs("nft")),
-            Need::Python => runs("python3"),
+            Need::Nft => Need::Root.missing().or_else(|| runs("nft", "--version")),
+            Need::Python => runs("python3", "--version"),
+            Need::Nginx => Need::Root.missing().or_else(|| runs("nginx", "-v")),
+            Need::Gunicorn => runs("gunicorn", "--version"),
         }
     }
 }

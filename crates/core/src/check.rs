@@ -73,7 +73,8 @@ impl Master {
     fn check_listeners(&self) {
         for (id, listener) in &self.listeners {
             let lives = self.workers.contains_key(&listener.worker);
-            assert!(lives || (listener.leaving && listener.handle), "{id:?} belongs to nobody");
+            let is_vacant = listener.of_seat && Some(listener.generation) == self.active;
+            assert!(lives || is_vacant || (listener.leaving && listener.handle), "{id:?} belongs to nobody");
             assert!(listener.key.is_none() || listener.listens, "{id:?} chosen before it listens");
         }
         for (id, group) in &self.groups {

@@ -19,6 +19,17 @@ pub enum Command {
         /// Its place.
         seat: Seat,
     },
+    /// Make the socket of a seat, listening. Comes before the seat's `Spawn`. Answer: `Bound`.
+    Bind {
+        /// In which group.
+        group: GroupId,
+        /// For the seat of this worker.
+        worker: WorkerId,
+        /// Of which generation.
+        generation: Generation,
+        /// Which seat.
+        seat: Seat,
+    },
     /// Send a signal, through the pidfd.
     Signal {
         /// To whom.
@@ -91,6 +102,8 @@ pub enum Command {
     Owns {
         /// Which.
         listener: ListenerId,
+        /// Whose processes.
+        worker: WorkerId,
     },
     /// Are other processes of an ended worker's group still there? Answer: `Remains`.
     CheckRemains {
@@ -254,6 +267,8 @@ pub enum Reason {
     NotReady(Seat, WorkerId, Option<Problem>),
     /// It said it was ready, but its listeners are wrong.
     WrongListeners(Seat, WorkerId, Problem),
+    /// The socket of its seat could not be made.
+    BindFailed(Seat, GroupId, i32),
     /// `listen()` failed on its socket.
     ListenFailed(Seat, WorkerId, i32),
     /// The kernel refused to steer this group.

@@ -31,6 +31,15 @@ pub enum Event {
         /// Which.
         worker: WorkerId,
     },
+    /// Answer to `Bind`: the socket listens, and the master holds it.
+    Bound {
+        /// In which group.
+        group: GroupId,
+        /// For the seat of this worker.
+        worker: WorkerId,
+        /// An errno on failure.
+        result: Result<ListenerId, i32>,
+    },
     /// It could not be started.
     SpawnFailed {
         /// Which.

@@ -15,6 +15,8 @@ pub(crate) struct Listener {
     pub(crate) generation: Generation,
     pub(crate) worker: WorkerId,
     pub(crate) seat: Seat,
+    /// The master made it for the seat, and hands it to the seat's next worker. With it goes `worker` and `generation`.
+    pub(crate) of_seat: bool,
     /// The master holds a duplicate.
     pub(crate) handle: bool,
     /// It listens; before that it has no slot and can't be chosen.
@@ -76,6 +78,8 @@ pub(crate) enum InForce {
 pub(crate) enum Work {
     /// Nothing.
     Idle,
+    /// `ebpf`: waiting until all that may be chosen is under keys, in order to steer.
+    Admitting,
     /// `cbpf`: reading the slots, in order to do this.
     Surveying(After),
     /// Waiting for the kernel's answer, in order to do this.
@@ -104,8 +108,14 @@ pub(crate) struct Group {
     pub(crate) is_stale: bool,
     pub(crate) work: Work,
     pub(crate) in_force: InForce,
-    /// `ebpf`: a listener could not be admitted; what it was admitted for has failed once the kernel has answered.
+    /// `ebpf`: keys not confirmed yet.
+    pub(crate) admitting: u32,
+    /// `ebpf`: one of them was refused.
     pub(crate) admit_failed: Option<i32>,
+    /// Looks that are not answered yet.
+    pub(crate) looks: u32,
+    /// How many of them show the group before its last change.
+    pub(crate) looks_outdated: u32,
     pub(crate) slots: Slots,
     pub(crate) keys: Keys,
     /// `ebpf`, unmodified workers: the one listener the master holds, so that the group never gets empty.
@@ -126,7 +136,10 @@ impl Group {
             is_stale: false,
             work: Work::Idle,
             in_force: InForce::Nothing,
+            admitting: 0,
             admit_failed: None,
+            looks: 0,
+            looks_outdated: 0,
             slots: Slots::default(),
             keys: Keys::default(),
             anchor: None,
@@ -146,7 +159,10 @@ impl Group {
     /// Whether the kernel was told who is wanted, and agreed.
     pub(crate) fn is_told(&self) -> bool {
         !self.is_stale
-            && !matches!(self.work, Work::Steering(_) | Work::Surveying(After::Steer) | Work::Refused)
+            && !matches!(
+                self.work,
+                Work::Admitting | Work::Steering(_) | Work::Surveying(After::Steer) | Work::Refused
+            )
     }
 
     /// Whether the kernel does what is wanted.

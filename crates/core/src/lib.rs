@@ -12,8 +12,10 @@
 
 extern crate alloc;
 
+mod cbpf;
 mod check;
 mod command;
+mod ebpf;
 mod event;
 mod generation;
 mod group;
@@ -21,9 +23,11 @@ mod id;
 mod launch;
 mod master;
 mod plan;
+mod ready;
 mod receipt;
 mod restart;
 mod retire;
+mod seats;
 mod settle;
 mod slots;
 mod status;

@@ -104,6 +104,7 @@ impl Master {
             Event::Upgrade { plan, trigger, by } => self.on_upgrade(plan, trigger, by),
             Event::Stop { mode, by } => self.on_stop(mode, by),
             Event::Spawned { worker } => self.on_spawned(worker),
+            Event::Bound { group, worker, result } => self.on_bound(group, worker, result),
             Event::SpawnFailed { worker, errno } => self.on_spawn_failed(worker, errno),
             Event::Exited { worker, how, remains } => self.on_exited(worker, how, remains),
             Event::Remains { worker, left } => self.on_remains(worker, left),

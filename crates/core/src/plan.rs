@@ -54,6 +54,8 @@ pub struct Plan {
     pub workers: u16,
     /// The groups every worker has to listen in.
     pub groups: Vec<GroupId>,
+    /// Those of them whose sockets the master makes: one for each seat, handed to its workers one after the other.
+    pub seat_groups: Vec<GroupId>,
     /// How a worker is known to be ready.
     pub readiness: Readiness,
     /// A worker not ready by then has failed.

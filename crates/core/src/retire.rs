@@ -1,7 +1,8 @@
 //! The way out of an old generation: what had begun finishes, queues are emptied, workers are told to stop, listeners
 //! leave, open connections end; and what of it could not be had in time is counted.
 
-use crate::command::{Command, Order, Report, Signal};
+use crate::command::{Command, Order, Reason, Report, Signal};
+use crate::event::Problem;
 use crate::generation::{GenerationState, RetireStep, Retirement};
 use crate::group::Group;
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
@@ -39,6 +40,7 @@ impl Master {
                 Some(_) | None => {}
             }
         }
+        self.give_up_seats(generation);
         let step = if self.engine == Engine::None { RetireStep::Emptying } else { RetireStep::Counting };
         let retirement = Retirement { since: self.now, step, pause: LOOK_PAUSE, looking: BTreeSet::new() };
         if let Some(record) = self.generations.get_mut(&generation) {
@@ -54,7 +56,7 @@ impl Master {
         let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
         retirement.looking.clone_from(&groups);
         for group in groups {
-            self.push(Command::Observe { group });
+            self.observe(group);
         }
     }
 
@@ -255,12 +257,16 @@ impl Master {
 
     /// A worker that was told to stop: its listeners leave when it has let go of them, or has had its time.
     fn let_listeners_go(&mut self, id: WorkerId, told: crate::id::Time, drained: bool) {
-        let is_late = self.now >= told.after(RELEASE_GRACE);
+        let is_handover =
+            self.workers.get(&id).is_some_and(|worker| worker.kind == Some(WorkerKind::Handover));
+        // Shutting a listener down moves its queue under `ebpf` and resets it under `cbpf`: there it must be empty.
+        let is_patient = self.engine == Engine::Cbpf && is_handover && !drained;
+        let is_late = self.now >= told.after(RELEASE_GRACE) && !is_patient;
         for listener in self.listeners_of(id) {
             let Some(record) = self.listeners.get_mut(&listener).filter(|record| !record.leaving) else {
                 continue;
             };
-            if record.gone || drained {
+            if record.gone {
                 record.leaving = true;
             } else if is_late && record.handle {
                 record.by_shutdown = true;
@@ -268,7 +274,7 @@ impl Master {
             } else if is_late {
                 self.push(Command::Anchor { listener });
             } else if record.handle {
-                self.push(Command::Owns { listener });
+                self.push(Command::Owns { listener, worker: id });
             }
         }
     }
@@ -278,27 +284,41 @@ impl Master {
         let (group, worker) = (listener.group, listener.worker);
         match self.workers.get(&worker).map(|worker| worker.state) {
             Some(WorkerState::Stopping { .. }) => listener.leaving = true,
-            Some(WorkerState::Serving | WorkerState::Emptying | WorkerState::Idling { .. }) => {
+            Some(state @ (WorkerState::Serving | WorkerState::Emptying | WorkerState::Idling { .. })) => {
                 listener.leaving = true;
                 listener.by_shutdown = true;
                 self.report(Report::ListenerLost(id));
                 self.mark_stale(group);
+                if state == WorkerState::Serving {
+                    self.replace_deserter(worker, group);
+                }
             }
             Some(_) | None => {}
         }
     }
 
+    /// A worker that closed its listener although nobody asked serves nobody, and would for ever.
+    fn replace_deserter(&mut self, id: WorkerId, group: GroupId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.state = WorkerState::Dying;
+        let (generation, seat) = (worker.generation, worker.seat);
+        let plan = self.generations.get(&generation).map(|record| &record.plan);
+        let kill_at = self.now.after(plan.map_or(Duration::ZERO, |plan| plan.drain_timeout));
+        self.timers.arm(Timer::Kill(id), kill_at);
+        for listener in self.listeners_of(id) {
+            if let Some(group) = self.listeners.get(&listener).map(|listener| listener.group) {
+                self.mark_stale(group);
+            }
+        }
+        self.report(Report::Replaced(id, Reason::WrongListeners(seat, id, Problem::NotListening(group))));
+        self.push(Command::Signal { worker: id, signal: Signal::Stop });
+    }
+
     pub(crate) fn on_drained(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        if let WorkerState::Stopping { drained, .. } = &mut worker.state {
-            *drained = true;
-            let generation = worker.generation;
-            for listener in self.listeners_of(id) {
-                if let Some(listener) = self.listeners.get_mut(&listener) {
-                    listener.leaving = true;
-                }
-            }
-            self.timers.arm_by(Timer::Retire(generation), self.now);
+        if let WorkerState::Stopping { told, drained: false } = worker.state {
+            worker.state = WorkerState::Stopping { told: self.now, drained: true };
+            self.let_listeners_go(id, told, true);
         }
     }
 
@@ -447,9 +467,9 @@ impl Master {
                 listener.migrated = group.migrated;
                 listener.migrate_failures = group.migrate_failures;
             } else {
-                let since =
-                    |end: Option<u64>, start: Option<u64>| Some(end?.saturating_sub(start.unwrap_or(0)));
-                listener.migrated = since(group.migrated, listener.migrated);
+                let since = |end: Option<u64>, start: Option<u64>| Some(end?.saturating_sub(start?));
+                // The program's own counter began with the group at 0; the namespace's is older than the master.
+                listener.migrated = since(group.migrated, listener.migrated.or(Some(0)));
                 listener.migrate_failures = since(group.migrate_failures, listener.migrate_failures);
             }
         }

@@ -1,7 +1,6 @@
 //! `cbpf`: what is still half open when a listener leaves its group is reset. So a listener that was chosen leaves only
 //! when the handshakes begun before it was steered away from have ended. Under `ebpf` the kernel moves them itself.
 
-use crate::command::Command;
 use crate::group::Settling;
 use crate::id::{GroupId, ListenerId};
 use crate::master::Master;
@@ -59,7 +58,7 @@ impl Master {
     }
 
     pub(crate) fn look_at_handshakes(&mut self, id: GroupId) {
-        self.push(Command::Observe { group: id });
+        self.observe(id);
         self.timers.arm(Timer::Settle(id), self.now.after(SNAPSHOT_AFTER));
     }
 

@@ -3,6 +3,7 @@
 use crate::command::{Command, Reason, Report, Signal};
 use crate::event::Exit;
 use crate::generation::{GenerationState, UpgradeStep};
+use crate::group::Listener;
 use crate::id::{Generation, Seat, WorkerId};
 use crate::master::Master;
 use crate::timers::Timer;
@@ -77,10 +78,13 @@ impl Master {
         for timer in [Timer::Kill(id), Timer::Remains(id), Timer::Ready(id), Timer::Look(id)] {
             self.timers.disarm(timer);
         }
+        // The socket of a seat waits for the next worker.
+        let active = self.active;
+        let is_kept = |listener: &Listener| listener.of_seat && Some(listener.generation) == active;
         for listener in self.listeners_of(id) {
             let Some(record) = self.listeners.get_mut(&listener) else { continue };
             let group = record.group;
-            record.leaving = true;
+            record.leaving = !is_kept(record);
             if !record.handle {
                 self.forget_listener(listener);
             }
@@ -169,8 +173,16 @@ impl Master {
     }
 
     pub(crate) fn on_spawn_failed(&mut self, id: WorkerId, errno: i32) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        // Asked for and not there yet; or meanwhile not wanted any more.
+        let is_pending = matches!(worker.state, WorkerState::Spawning | WorkerState::Dying);
+        if !is_pending || !self.listeners_of(id).is_empty() {
+            return self.report(Report::Bug("a worker that runs could not be started"));
+        }
         let Some(worker) = self.workers.remove(&id) else { return };
-        self.timers.disarm(Timer::Ready(id));
+        for timer in [Timer::Ready(id), Timer::Kill(id)] {
+            self.timers.disarm(timer);
+        }
         let Some((generation, seat)) = self.seat_of(id) else { return };
         if let Some(place) =
             self.generations.get_mut(&generation).and_then(|record| record.seats.get_mut(usize::from(seat.0)))

@@ -10,8 +10,10 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::thread::CpuSet;
 
 use crate::executable::PinnedExecutable;
+use crate::identity::Identity;
 use crate::{check, pidfd};
 
 /// What to start and in which surroundings.
@@ -23,11 +25,17 @@ pub struct SpawnSpec<'a> {
     pub argv: &'a [CString],
     /// The whole environment, as `NAME=value`.
     pub envp: &'a [CString],
+    /// A further variable of this name with the child's own pid, which nobody knows before: `LISTEN_PID`.
+    pub pid_variable: Option<&'a str>,
     /// Descriptors the child gets, each under its number; all others are closed. Give 0, 1 and 2 too.
     pub fds: &'a [(BorrowedFd<'a>, RawFd)],
     /// File mode creation mask.
     pub umask: Option<u32>,
-    /// Working directory.
+    /// User, groups and capabilities.
+    pub identity: &'a Identity,
+    /// The processors it may run on; those of this process if `None`.
+    pub cpus: Option<CpuSet>,
+    /// Working directory, entered as the user it becomes.
     pub directory: Option<&'a CStr>,
     /// Resource limits.
     pub limits: &'a [Limit],
@@ -67,10 +75,20 @@ pub enum Step {
     ProcessGroup,
     /// Giving descriptors their numbers.
     Descriptors,
-    /// Entering the working directory.
-    Directory,
     /// Setting resource limits.
     Limits,
+    /// Choosing processors.
+    Processors,
+    /// Dropping capabilities from the bounding set.
+    Bounds,
+    /// Taking on its groups.
+    Groups,
+    /// Becoming its user.
+    User,
+    /// Setting the capabilities it has.
+    Capabilities,
+    /// Entering the working directory.
+    Directory,
     /// Giving up new privileges.
     NoNewPrivileges,
     /// Executing the program.
@@ -79,8 +97,20 @@ pub enum Step {
     Pidfd,
 }
 
-const CHILD_STEPS: [Step; 6] =
-    [Step::ProcessGroup, Step::Descriptors, Step::Directory, Step::Limits, Step::NoNewPrivileges, Step::Exec];
+/// What may need privilege comes before what gives it up.
+const CHILD_STEPS: [Step; 11] = [
+    Step::ProcessGroup,
+    Step::Descriptors,
+    Step::Limits,
+    Step::Processors,
+    Step::Bounds,
+    Step::Groups,
+    Step::User,
+    Step::Capabilities,
+    Step::Directory,
+    Step::NoNewPrivileges,
+    Step::Exec,
+];
 
 impl Step {
     fn words(self) -> &'static str {
@@ -89,8 +119,13 @@ impl Step {
             Step::Fork => "make a process",
             Step::ProcessGroup => "make a process group",
             Step::Descriptors => "hand over descriptors",
-            Step::Directory => "enter the working directory",
             Step::Limits => "set resource limits",
+            Step::Processors => "choose its processors",
+            Step::Bounds => "drop capabilities",
+            Step::Groups => "take on its groups",
+            Step::User => "become its user",
+            Step::Capabilities => "set its capabilities",
+            Step::Directory => "enter the working directory",
             Step::NoNewPrivileges => "give up new privileges",
             Step::Exec => "execute the program",
             Step::Pidfd => "watch the process",
@@ -117,6 +152,8 @@ struct Prepared<'a> {
     spec: &'a SpawnSpec<'a>,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
+    /// The variable with the child's pid, with room for its digits; `envp` points into it.
+    pid_entry: Vec<u8>,
     /// Source (replaced in the child by a duplicate out of the way) and number.
     fds: Vec<(RawFd, RawFd)>,
     /// First number above all wanted ones.
@@ -136,48 +173,67 @@ struct Prepared<'a> {
 /// With the step that failed; the child has been reaped by then.
 pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(Step::Prepare)(e.into()))?;
+    let mut pid_entry = spec.pid_variable.map(|name| format!("{name}=").into_bytes()).unwrap_or_default();
+    pid_entry.resize(pid_entry.len() + PID_DIGITS_MAX + 1, 0);
+    let further = spec.pid_variable.map(|_| pid_entry.as_ptr().cast());
     let mut prepared = Prepared {
         spec,
-        argv: pointers(spec.argv),
-        envp: pointers(spec.envp),
+        argv: pointers(spec.argv, None),
+        envp: pointers(spec.envp, further),
+        pid_entry,
         fds: spec.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect(),
         above: spec.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(0).max(3),
         held: (!spec.executable.is_script() && !spec.executable.is_same_at_path())
             .then(|| spec.executable.fd().as_raw_fd()),
         result: writer.as_raw_fd(),
     };
-    let pid = fork(&mut prepared).map_err(failed(Step::Fork))?;
+    // SAFETY: `fork` runs it in the child.
+    let pid = fork(|| unsafe { run_child(&mut prepared) }).map_err(failed(Step::Fork))?;
     drop(writer);
     if let Some(error) = read_result(reader) {
-        reap_by_pid(pid);
+        let _ = wait(pid);
         return Err(error);
     }
     // The pid can't have been reused: nobody but us can reap the child.
     let pidfd = pidfd::open(pid).map_err(|error| {
         // SAFETY: plain system call on our own unreaped child.
         unsafe { libc::kill(pid, libc::SIGKILL) };
-        reap_by_pid(pid);
+        let _ = wait(pid);
         failed(Step::Pidfd)(error)
     })?;
     Ok(Spawned { pid, pidfd })
 }
 
-fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
-    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+/// Digits of the largest pid.
+const PID_DIGITS_MAX: usize = 10;
+
+fn pointers(strings: &[CString], further: Option<*const libc::c_char>) -> Vec<*const libc::c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain(further).chain([std::ptr::null()]).collect()
 }
 
-/// Forks with all signals blocked: a handler that ran in the child would write to the master's signal pipe.
-fn fork(prepared: &mut Prepared<'_>) -> io::Result<i32> {
+/// Writes a pid behind the `=` of its variable: no allocation, for the room is there.
+fn write_pid(entry: &mut [u8], pid: u32) {
+    let start = entry.iter().position(|byte| *byte == b'=').map_or(0, |at| at + 1);
+    let digits = pid.checked_ilog10().unwrap_or(0) + 1;
+    for (place, byte) in (0..digits).rev().zip(entry.iter_mut().skip(start)) {
+        // One digit: it fits.
+        *byte = b'0' + (pid / 10_u32.pow(place) % 10) as u8;
+    }
+}
+
+/// Forks with all signals blocked: a handler that ran in the child would write to the master's signal pipe. What the
+/// child does may be async-signal-safe calls only; its result becomes the exit code.
+pub(crate) fn fork(run: impl FnOnce() -> libc::c_int) -> io::Result<i32> {
     // SAFETY: all-zero sets are valid, and both are initialised before they are read.
     let (mut all, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
     // SAFETY: plain calls on local sets. The process has one thread (see the module's description), so its memory
-    // is consistent in the child, which does not return from `run_child`.
+    // is consistent in the child, which ends here.
     unsafe {
         libc::sigfillset(&raw mut all);
         check(libc::sigprocmask(libc::SIG_SETMASK, &raw const all, &raw mut before))?;
         let pid = libc::fork();
         if pid == 0 {
-            run_child(prepared);
+            libc::_exit(run());
         }
         let result = check(pid);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
@@ -185,11 +241,12 @@ fn fork(prepared: &mut Prepared<'_>) -> io::Result<i32> {
     }
 }
 
-/// The child's life before exec. Async-signal-safe calls only, no allocation, no unwinding.
+/// The child's life before exec; returns when that fails, with the exit code. Async-signal-safe calls only, no
+/// allocation, no unwinding.
 ///
 /// # Safety
 /// Only in a just forked child.
-unsafe fn run_child(prepared: &mut Prepared<'_>) -> ! {
+unsafe fn run_child(prepared: &mut Prepared<'_>) -> libc::c_int {
     // SAFETY: every call below is a plain system call on memory that was prepared before the fork and is still there.
     unsafe {
         for step in CHILD_STEPS {
@@ -197,11 +254,11 @@ unsafe fn run_child(prepared: &mut Prepared<'_>) -> ! {
                 let errno = (*libc::__errno_location()).to_ne_bytes();
                 let report = [step as u8, errno[0], errno[1], errno[2], errno[3]];
                 libc::write(prepared.result, report.as_ptr().cast(), report.len());
-                libc::_exit(127);
+                break;
             }
         }
-        libc::_exit(127)
     }
+    127
 }
 
 /// One step; negative with errno set when it failed.
@@ -215,10 +272,15 @@ unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
         match step {
             Step::ProcessGroup => libc::setpgid(0, 0),
             Step::Descriptors => place_descriptors(prepared),
-            Step::Directory => spec.directory.map_or(0, |directory| libc::chdir(directory.as_ptr())),
             Step::Limits => spec.limits.iter().fold(0, |result, limit| result.min(set_limit(limit))),
-            // The worker's identity (groups, gid, uid, capabilities, processor affinity) belongs between the
-            // limits, which may need privilege, and this, which gives it up.
+            Step::Processors => match &spec.cpus {
+                Some(cpus) => with_errno(rustix::thread::sched_setaffinity(None, cpus)),
+                None => 0,
+            },
+            Step::Bounds | Step::Groups | Step::User | Step::Capabilities => {
+                with_errno(spec.identity.assume(step))
+            }
+            Step::Directory => spec.directory.map_or(0, |directory| libc::chdir(directory.as_ptr())),
             Step::NoNewPrivileges if spec.no_new_privileges => {
                 libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             }
@@ -226,6 +288,14 @@ unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
             _ => 0,
         }
     }
+}
+
+/// The C library's way of telling a result.
+fn with_errno(result: rustix::io::Result<()>) -> libc::c_int {
+    let Err(errno) = result else { return 0 };
+    // SAFETY: this thread's own errno.
+    unsafe { *libc::__errno_location() = errno.raw_os_error() };
+    -1
 }
 
 /// # Safety
@@ -265,7 +335,8 @@ unsafe fn place_descriptors(prepared: &mut Prepared<'_>) -> libc::c_int {
 
 /// # Safety
 /// Only in a just forked child.
-unsafe fn exec(prepared: &Prepared<'_>) -> libc::c_int {
+unsafe fn exec(prepared: &mut Prepared<'_>) -> libc::c_int {
+    write_pid(&mut prepared.pid_entry, std::process::id());
     let (argv, envp) = (prepared.argv.as_ptr(), prepared.envp.as_ptr());
     // SAFETY: null-terminated arrays of C strings that outlive the fork; signal sets are local. Dispositions go back
     // to the default before signals are let in, so no handler of the master runs here.
@@ -306,9 +377,33 @@ fn read_result(reader: OwnedFd) -> Option<SpawnError> {
     (length == report.len()).then_some(SpawnError { step, errno })
 }
 
-fn reap_by_pid(pid: i32) {
-    // SAFETY: waits for our own child, which is about to exit; a null status is allowed.
-    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } < 0
-        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-    {}
+/// Waits for the end of a child of ours, which is about to come: its exit code, -1 if a signal ended it.
+pub(crate) fn wait(pid: i32) -> io::Result<i32> {
+    let mut status = 0;
+    loop {
+        // SAFETY: plain system call; the status lives across it.
+        match check(unsafe { libc::waitpid(pid, &raw mut status, 0) }) {
+            Ok(_) if libc::WIFEXITED(status) => return Ok(libc::WEXITSTATUS(status)),
+            Ok(_) => return Ok(-1),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_is_written_without_leading_zeros() {
+        for (pid, text) in
+            [(1, "A=1\0\0\0\0\0\0\0\0\0\0"), (4_194_304, "A=4194304\0\0\0\0"), (120, "A=120\0\0\0\0\0\0\0\0")]
+        {
+            let mut entry = b"A=".to_vec();
+            entry.resize(2 + PID_DIGITS_MAX + 1, 0);
+            write_pid(&mut entry, pid);
+            assert_eq!(entry, text.as_bytes());
+        }
+    }
 }

@@ -10,6 +10,7 @@
 //! | [`diag`] | the kernel's list of sockets (sock_diag) |
 //! | [`socket`] | facts about one socket, descriptors and credentials over unix sockets |
 //! | [`child`], [`executable`], [`pidfd`] | starting a worker, pinning its binary, watching its end |
+//! | [`identity`] | the user, groups and capabilities a worker gets |
 //! | [`procfs`] | who owns a socket, who descends from whom, counters and sysctls |
 //! | [`signals`] | signals as a readable descriptor |
 //! | [`capability`], [`limits`] | what this process may do |
@@ -24,6 +25,7 @@ pub mod cbpf;
 pub mod child;
 pub mod diag;
 pub mod executable;
+pub mod identity;
 pub mod limits;
 pub mod pidfd;
 pub mod procfs;

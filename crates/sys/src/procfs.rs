@@ -28,8 +28,13 @@ pub fn socket_inodes(pid: i32) -> io::Result<Vec<(i32, u64)>> {
     let mut sockets = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
-        // A descriptor can be closed between the two steps.
-        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let target = match fs::read_link(entry.path()) {
+            Ok(target) => target,
+            // CAP_DAC_READ_SEARCH alone lists the descriptors of others, and tells nothing of them.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
+            // A descriptor can be closed between the two steps.
+            Err(_) => continue,
+        };
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         let inode = target.to_str().and_then(socket_inode);
         sockets.extend(number.zip(inode));

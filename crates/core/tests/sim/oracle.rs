@@ -15,6 +15,8 @@ type Workers = BTreeMap<WorkerId, Worker>;
 #[derive(Clone, Copy, Debug)]
 struct Client {
     since: u64,
+    /// How long its handshake takes.
+    handshake: Duration,
     /// Nothing was promised to it.
     excused: bool,
 }
@@ -34,13 +36,12 @@ pub(crate) struct Oracle {
     clients: BTreeMap<u64, Client>,
     /// The generation that new connections of a group go to, as the last program put in force there says.
     steered: BTreeMap<GroupId, Option<Generation>>,
-    /// `cbpf`: slots moved and the master could not know yet.
-    disturbed: BTreeSet<GroupId>,
+    /// `cbpf`: slots moved and the master could not know yet; `true` once it has looked since.
+    disturbed: BTreeMap<GroupId, bool>,
     /// `cbpf`: several moved between two looks; the core has said that it can only guess.
     unsure: BTreeSet<GroupId>,
     /// Losses the core has owned up to.
     admitted: BTreeMap<ListenerId, u32>,
-    /// Handshakes it gave up waiting for, in the latest receipts.
     pub(crate) tally: Tally,
     deadline_handled: bool,
 }
@@ -74,7 +75,7 @@ impl Oracle {
             protocol: Protocol::new(engine),
             clients: BTreeMap::new(),
             steered: BTreeMap::new(),
-            disturbed: BTreeSet::new(),
+            disturbed: BTreeMap::new(),
             unsure: BTreeSet::new(),
             admitted: BTreeMap::new(),
             tally: Tally::default(),
@@ -91,6 +92,11 @@ impl Oracle {
     }
 
     pub(crate) fn command(&mut self, command: &Command, now: u64, kernel: &Kernel, workers: &Workers) {
+        if let Command::Observe { group } = command
+            && let Some(looked) = self.disturbed.get_mut(group)
+        {
+            *looked = true;
+        }
         self.protocol.command(command, now, kernel, workers);
     }
 
@@ -108,7 +114,7 @@ impl Oracle {
             plans.insert(*generation, plan.clone());
         }
         if let Report::SlotsUnsure(group) = report {
-            assert!(self.disturbed.contains(group), "{group:?}: unsure without a reason");
+            assert!(self.disturbed.contains_key(group), "{group:?}: unsure without a reason");
             self.unsure.insert(*group);
             self.tally.unsure += 1;
         }
@@ -133,7 +139,7 @@ impl Oracle {
     /// A listener left its group, and not by the master's hand.
     pub(crate) fn left(&mut self, group: GroupId) {
         if self.engine == Engine::Cbpf {
-            self.disturbed.insert(group);
+            self.disturbed.insert(group, false);
         }
     }
 
@@ -142,7 +148,11 @@ impl Oracle {
         if self.unsure.contains(&group) {
             return;
         }
-        self.disturbed.remove(&group);
+        match self.disturbed.get(&group) {
+            Some(true) => self.disturbed.remove(&group),
+            Some(false) => return,
+            None => None,
+        };
         let named = kernel.named(group);
         let mut generations = BTreeSet::new();
         for listener in &named {
@@ -202,7 +212,14 @@ impl Oracle {
                 excused = stray == Stray::Excused;
             }
         }
-        self.clients.insert(connection, Client { since: now, excused });
+        self.clients.insert(connection, Client { since: now, handshake: Duration::ZERO, excused });
+    }
+
+    /// The client will need so long for its last packet.
+    pub(crate) fn handshake(&mut self, connection: u64, takes: u64) {
+        if let Some(client) = self.clients.get_mut(&connection) {
+            client.handshake = Duration::from_nanos(takes);
+        }
     }
 
     /// `cbpf` has its holes: slots that move before the master can know, a program it can't replace, strangers; and,
@@ -218,17 +235,20 @@ impl Oracle {
         let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
             return Stray::Forbidden;
         };
-        let Some(owner) = kernel.sockets[&listener].owner.map(|owner| &workers[&owner]) else {
-            return if hashed || self.disturbed.contains(&group) { Stray::Excused } else { Stray::Forbidden };
+        let Some((id, owner)) = kernel.sockets[&listener].owner.map(|owner| (owner, &workers[&owner])) else {
+            let is_blind = self.disturbed.contains_key(&group) || self.protocol.steer_failed(group);
+            return if hashed || is_blind { Stray::Excused } else { Stray::Forbidden };
         };
         // The listeners of a worker with several of them leave one after the other, and nobody accepts from the rest.
-        let has_several = owner.temper.sockets > 1 && !owner.runs;
+        let is_open = kernel.sockets[&listener].is_owned();
+        let has_several = owner.temper.sockets > 1 && !is_open;
         let is_old_program = self.protocol.steer_failed(group) && !owner.temper.handover;
-        if self.disturbed.contains(&group) || is_old_program || has_several {
+        if self.disturbed.contains_key(&group) || is_old_program || has_several {
             return Stray::Excused;
         }
         let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
-        if hashed && slots <= 1 && owner.runs { Stray::Served } else { Stray::Forbidden }
+        let waits = is_open || !self.protocol.has_left(id);
+        if hashed && slots <= 1 && waits { Stray::Served } else { Stray::Forbidden }
     }
 
     pub(crate) fn accepted(&mut self, connection: u64) {
@@ -247,14 +267,26 @@ impl Oracle {
         // What a handshake may take after the switch is bounded, where the kernel does not move it.
         let age = Duration::from_nanos(now - client.since);
         let is_removed = !self.protocol.promises(socket.group);
-        if loss.half_open && (self.engine == Engine::Cbpf || is_removed) && age >= self.protocol.settle_min()
-        {
+        if client.handshake >= self.protocol.settle_min() && (self.engine == Engine::Cbpf || is_removed) {
             self.tally.excused += 1;
             return;
         }
         let owner = socket.owner.map(|owner| &workers[&owner]);
+        // At an address that is no more nobody is left to go to if a worker drops what it has.
+        if self.engine == Engine::Ebpf
+            && is_removed
+            && owner.is_some_and(|worker| worker.deserted || !worker.drained)
+        {
+            self.tally.excused += 1;
+            return;
+        }
+        // Unmodified workers are told to stop only when nothing waits; the others are trusted to empty their queues.
+        let was_cut = |id: WorkerId, worker: &Worker| {
+            let is_told = worker.temper.handover && !worker.temper.is_orderly();
+            worker.deserted || (!worker.runs && (is_told || !self.protocol.has_left(id)))
+        };
         if self.engine == Engine::Cbpf
-            && owner.is_some_and(|worker| !worker.runs || worker.deserted)
+            && socket.owner.is_some_and(|id| was_cut(id, &workers[&id]))
             && (is_removed || !self.has_taker(socket.group, workers))
             && let Some(count) = self.admitted.get_mut(&loss.listener)
             && *count > 0
@@ -263,7 +295,12 @@ impl Oracle {
             self.tally.counted += 1;
             return;
         }
-        panic!("connection {loss:?} of {:?} was lost: {client:?}, age {age:?}", socket.owner);
+        let place = if loss.half_open { "half open" } else { "queued" };
+        let Loss { connection, listener, .. } = loss;
+        let owner = socket.owner;
+        panic!(
+            "connection {connection}, {place} in {listener:?} of {owner:?}, was lost: {client:?}, age {age:?}"
+        );
     }
 
     /// Somebody could have taken leftovers, and nobody would have refused.
@@ -293,7 +330,7 @@ impl Oracle {
 
     /// Nobody is steered to a worker known to be gone, as long as somebody else serves.
     fn judge_named(&self, group: GroupId, kernel: &Kernel, workers: &Workers) {
-        if self.disturbed.contains(&group) || self.protocol.steer_failed(group) {
+        if self.disturbed.contains_key(&group) || self.protocol.steer_failed(group) {
             return;
         }
         let named = kernel.named(group);
@@ -311,23 +348,25 @@ impl Oracle {
         assert!(gone.is_empty() || !serves, "{group:?} is steered to listeners of ended workers: {gone:?}");
     }
 
-    /// At rest: every handle that is not needed was dropped.
-    pub(crate) fn judge_rest(&self, kernel: &Kernel, workers: &Workers) {
+    /// A handle that is not needed: at rest there is none.
+    pub(crate) fn spare_handle(&self, kernel: &Kernel, workers: &Workers) -> Option<ListenerId> {
         let active = self.protocol.active();
-        let mut anchors: BTreeMap<GroupId, u32> = BTreeMap::new();
+        let mut anchored = BTreeSet::new();
         for (listener, socket) in &kernel.sockets {
-            let held = socket.holders.contains(&Holder::Master);
+            if !socket.holders.contains(&Holder::Master) {
+                continue;
+            }
             let owner = socket.owner.map(|owner| (&workers[&owner], owner));
             let serves = owner.is_some_and(|(worker, id)| {
                 worker.runs && Some(worker.generation) == active && self.protocol.is_ready(id)
             });
-            assert!(!held || serves, "a handle of {listener:?} is left, of {owner:?}");
-            let per_group =
+            let is_anchor =
                 self.engine == Engine::Ebpf && owner.is_some_and(|(worker, _)| !worker.temper.handover);
-            let count = anchors.entry(socket.group).or_default();
-            *count += u32::from(held && per_group);
-            assert!(*count <= 1, "several anchors in {:?}", socket.group);
+            if !serves || (is_anchor && !anchored.insert(socket.group)) {
+                return Some(*listener);
+            }
         }
+        None
     }
 
     /// Nobody may be waiting at the end.

@@ -31,6 +31,7 @@ impl World {
             5..=100 => self.rng.between(1, 190) * MS,
             _ => self.rng.below(20 * MS),
         };
+        self.oracle.handshake(connection, takes);
         self.later(takes, Happening::Handshake(connection));
     }
 
@@ -45,6 +46,7 @@ impl World {
         Plan {
             workers: u16::try_from(rng.between(1, 4)).unwrap_or(1),
             groups,
+            seat_groups: Vec::new(),
             readiness: if rng.permille(500) { Readiness::Notify } else { Readiness::Listen },
             ready_timeout: millis(500, 3000, rng),
             settle_timeout: millis(200, 1000, rng),

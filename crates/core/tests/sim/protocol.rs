@@ -23,6 +23,7 @@ struct Life {
     /// Told to stop, first.
     stopped: Option<u64>,
     replaced: bool,
+    killed: bool,
     exited: Option<u64>,
     reaped: bool,
 }
@@ -105,6 +106,11 @@ impl Protocol {
         self.lives.get(&worker).is_some_and(|life| life.exited.is_some())
     }
 
+    /// It was told to stop, and stopped.
+    pub(crate) fn has_left(&self, worker: WorkerId) -> bool {
+        self.lives.get(&worker).is_some_and(|life| life.stopped.is_some() && !life.killed)
+    }
+
     pub(crate) fn steer_failed(&self, group: GroupId) -> bool {
         self.refused_to_steer.contains(&group)
     }
@@ -143,7 +149,6 @@ impl Protocol {
                     self.refused_to_steer.insert(*group);
                 }
             }
-            Event::Admitted { listener: _, result: _ } => {}
             _ => {}
         }
     }
@@ -194,6 +199,7 @@ impl Protocol {
             Command::Reply { to, .. } => assert!(self.open_tickets.remove(to), "{to:?} was answered twice"),
             Command::Notify(notice) => self.notice(*notice),
             Command::Exit { code } => self.exits(*code),
+            Command::Bind { .. } => panic!("{command:?}, but no plan has sockets of the master's"),
             Command::Evict { .. }
             | Command::Anchor { .. }
             | Command::Owns { .. }
@@ -234,6 +240,7 @@ impl Protocol {
             ready: false,
             stopped: None,
             replaced: false,
+            killed: false,
             exited: None,
             reaped: false,
         };
@@ -256,6 +263,7 @@ impl Protocol {
             let told = life.stopped.is_some() || self.past_drain(&life, now);
             assert!(fast || unproven || told, "{worker:?} was killed without being told: {life:?}");
         }
+        self.life(worker).killed |= signal == Signal::KillGroup;
         if signal == Signal::Stop {
             assert!(life.exited.is_none(), "{worker:?} has ended already");
             self.life(worker).stopped.get_or_insert(now);
@@ -331,7 +339,9 @@ impl Protocol {
             }
             Report::WorkerReady(worker) => self.life(*worker).ready = true,
             Report::Replaced(worker, _) => self.life(*worker).replaced = true,
-            Report::ListenerLost(_) => {}
+            Report::SteerFailed(group, _) => {
+                self.refused_to_steer.insert(*group);
+            }
             Report::Switched(generation) => {
                 assert_eq!(self.launching, Some(*generation));
                 let seats = self.plans[generation].workers;

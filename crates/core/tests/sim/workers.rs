@@ -62,6 +62,10 @@ pub(crate) struct Temper {
 }
 
 impl Temper {
+    pub(crate) fn is_orderly(&self) -> bool {
+        self.stop == StopHow::Orderly
+    }
+
     /// Some temper; a bad one so many times in a thousand.
     pub(crate) fn draw(rng: &mut Rng, handover: bool, bad: u64, accept: u64) -> Temper {
         let mut temper = Temper {
@@ -112,7 +116,7 @@ pub(crate) struct Worker {
     pub(crate) serves: bool,
     /// Told to stop.
     stops: bool,
-    drained: bool,
+    pub(crate) drained: bool,
     /// It closed its listeners although nobody asked.
     pub(crate) deserted: bool,
     sockets: Vec<ListenerId>,
@@ -260,7 +264,7 @@ impl World {
     fn say(&mut self, id: WorkerId, event: Event) {
         let at = (self.now + self.rng.below(3 * MS)).max(self.workers[&id].said);
         self.set(id, |w| w.said = at);
-        self.at(at, Happening::Deliver(event));
+        self.at(at, Happening::Deliver(Box::new(event)));
     }
 
     /// Looking for an unmodified worker's listeners, as the shell does it.
@@ -422,7 +426,10 @@ impl World {
     fn close_listeners(&mut self, id: WorkerId) {
         for listener in self.workers[&id].sockets.clone() {
             self.kernel.close(listener, Holder::Leader(id), &mut self.rng);
-            self.kernel.close(listener, Holder::Child(id), &mut self.rng);
+            // A child that inherited them may keep them.
+            if self.workers[&id].temper.child == Some(false) {
+                self.kernel.close(listener, Holder::Child(id), &mut self.rng);
+            }
         }
     }
 

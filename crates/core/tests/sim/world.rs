@@ -26,7 +26,7 @@ pub(crate) enum Happening {
     Close(WorkerId, u64),
     Act(WorkerId, Act),
     /// A message reaches the master.
-    Deliver(Event),
+    Deliver(Box<Event>),
     /// The master sees that a worker's first process ended.
     Ended(WorkerId, Exit),
     /// Somebody asks the master for something.
@@ -156,7 +156,7 @@ impl World {
                 self.trace(format_args!("  {worker:?} {act:?}"));
                 self.act(worker, act);
             }
-            Happening::Deliver(event) => self.deliver(event),
+            Happening::Deliver(event) => self.deliver(*event),
             Happening::Ended(worker, how) => {
                 let remains = self.workers[&worker].child;
                 self.tell(Event::Exited { worker, how, remains });
@@ -258,7 +258,8 @@ impl World {
                 Order::Take(listener) => self.told_to_take(worker, listener),
             },
             Command::Prove { worker } => {
-                let accepted = self.fault(10).is_ok();
+                // Programs that load for a while listen long before they accept.
+                let accepted = self.workers[&worker].runs && self.rng.permille(700);
                 self.answer(Event::Proved { worker, accepted });
             }
             Command::CheckRemains { worker } => {
@@ -284,7 +285,7 @@ impl World {
                 let latest = self.plan.as_ref();
                 self.oracle.report(&report, self.now, &mut self.plans, latest, &self.kernel, &self.workers);
             }
-            Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
+            Command::Bind { .. } | Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
         }
     }
 
@@ -300,6 +301,9 @@ impl World {
             }
             Command::Admit { listener, key } => {
                 let result = self.fault(10).and_then(|()| self.kernel.admit(listener, key));
+                // The program in force may name this key already.
+                let group = self.kernel.sockets[&listener].group;
+                self.oracle.steered(group, &self.kernel, &self.workers);
                 self.answer(Event::Admitted { listener, result });
             }
             Command::Evict { group, key } => self.kernel.evict(group, key),
@@ -309,7 +313,7 @@ impl World {
                 let result = self.fault(20).and_then(|()| self.anchor(listener));
                 self.answer(Event::Anchored { listener, result });
             }
-            Command::Owns { listener } => {
+            Command::Owns { listener, .. } => {
                 let owned = self.kernel.sockets[&listener].is_owned();
                 self.answer(Event::Owned { listener, owned });
             }

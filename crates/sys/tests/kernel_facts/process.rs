@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use reuseportd_sys::child::{Limit, SpawnError, SpawnSpec, Spawned, Step, spawn};
 use reuseportd_sys::executable::PinnedExecutable;
+use reuseportd_sys::identity::Identity;
 use reuseportd_sys::pidfd::{self, Exit};
 use reuseportd_sys::procfs;
 use reuseportd_sys::signals::{Signal, SignalPipe};
@@ -44,11 +45,14 @@ fn start(
     let mut fds = vec![(null.as_fd(), 0), (writer.as_fd(), 1), (writer.as_fd(), 2)];
     fds.extend(&around.fds);
     let spec = SpawnSpec {
+        pid_variable: None,
         executable,
         argv: &argv,
         envp: &envp,
         fds: &fds,
         umask: around.umask,
+        identity: &Identity::default(),
+        cpus: None,
         directory: around.directory,
         limits: &around.limits,
         no_new_privileges: around.no_new_privileges,

@@ -1,0 +1,235 @@
+//! `ebpf`: sockets named by key. A listener is never chosen before it is under a key, switching is one write, and what a
+//! closing listener leaves is moved by the kernel.
+
+use crate::command::{Command, Range};
+use crate::group::{After, InForce, Listener, Work};
+use crate::id::{Generation, GroupId, ListenerId};
+use crate::master::{ANCHOR_PERIOD, Master};
+use crate::plan::Engine;
+use crate::slots::KeyRange;
+use crate::timers::Timer;
+use crate::worker::{WorkerKind, WorkerState};
+use alloc::vec::Vec;
+
+/// "No space left on device", said by the core itself when the keys of a group do not suffice.
+const ENOSPC: i32 = 28;
+
+impl Master {
+    /// Puts all that may be chosen under keys first; with every key confirmed, one write makes the difference.
+    pub(crate) fn steer_keys(&mut self, id: GroupId) {
+        let target = self.groups.get(&id).map(|group| group.target.clone()).unwrap_or_default();
+        let mut ranges = Vec::new();
+        for (generation, weight) in &target {
+            let eligible = self.eligible(id, *generation);
+            let Some(keys) = self.keys_for(id, *generation, &eligible) else {
+                self.refused(id, ENOSPC);
+                return;
+            };
+            for listener in eligible {
+                self.admit(listener, keys);
+            }
+            ranges.push(Range {
+                generation: *generation,
+                weight: *weight,
+                base: keys.base,
+                count: keys.count,
+            });
+        }
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        if group.admitting > 0 {
+            group.work = Work::Admitting;
+            return;
+        }
+        let wanted = InForce::Ranges(ranges.clone());
+        let is_new = group.in_force != wanted && !(target.is_empty() && group.in_force == InForce::Nothing);
+        if is_new {
+            self.put_in_force(id, wanted, After::Steer);
+            self.push(Command::Steer { group: id, ranges });
+        } else {
+            self.tidy_keys(id);
+        }
+    }
+
+    /// The kernel does what is wanted: whatever that makes superfluous goes.
+    pub(crate) fn tidy_keys(&mut self, id: GroupId) {
+        if self.engine == Engine::Ebpf {
+            self.evict_dead(id);
+            self.keep_anchor(id);
+        }
+    }
+
+    pub(crate) fn put_in_force(&mut self, id: GroupId, wanted: InForce, after: After) {
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.in_force = wanted;
+            group.work = Work::Steering(after);
+        }
+    }
+
+    /// The generation's keys, given out when it is first steered to: by then its listeners are known.
+    fn keys_for(&mut self, id: GroupId, generation: Generation, eligible: &[ListenerId]) -> Option<KeyRange> {
+        let seats = u32::from(self.generations.get(&generation)?.plan.workers);
+        let mut stride = 1;
+        for listener in eligible {
+            let worker = self.listeners.get(listener)?.worker;
+            let of_worker =
+                eligible.iter().filter(|l| self.listeners.get(l).is_some_and(|l| l.worker == worker)).count();
+            stride = stride.max(u32::try_from(of_worker).ok()?);
+        }
+        let keys = &mut self.groups.get_mut(&id)?.keys;
+        keys.of(generation).or_else(|| keys.give(generation, seats, stride))
+    }
+
+    /// Puts a listener under a key of its seat. A dead predecessor's key is taken over, which ends its being chosen.
+    fn admit(&mut self, id: ListenerId, keys: KeyRange) {
+        let Some(listener) =
+            self.listeners.get(&id).filter(|listener| listener.key.is_none() && listener.handle)
+        else {
+            return;
+        };
+        let (group, first) = (listener.group, keys.base + u32::from(listener.seat.0) * keys.stride);
+        let mut of_seat = first..first + keys.stride;
+        let is_free = |key: &u32| {
+            !self.listeners.values().any(|l| l.group == group && l.key == Some(*key) && !l.leaving && !l.gone)
+        };
+        // A respawn with more listeners than its seat has keys keeps the surplus unchosen, which loses nothing.
+        let Some(key) = of_seat.find(is_free) else { return };
+        for other in self.listeners.values_mut().filter(|l| l.group == group && l.key == Some(key)) {
+            other.key = None;
+        }
+        if let Some(listener) = self.listeners.get_mut(&id) {
+            listener.key = Some(key);
+        }
+        if let Some(group) = self.groups.get_mut(&group) {
+            group.admitting += 1;
+        }
+        self.push(Command::Admit { listener: id, key });
+    }
+
+    /// Takes listeners that nobody accepts from out of the array, as long as somebody else can be chosen.
+    fn evict_dead(&mut self, id: GroupId) {
+        if self.choosable(id).is_empty() {
+            return;
+        }
+        let workers = &self.workers;
+        let lives = |l: &Listener| {
+            workers.get(&l.worker).is_some_and(|w| !matches!(w.state, WorkerState::Remains { .. }))
+        };
+        let mut evicted = Vec::new();
+        for listener in self.listeners.values_mut().filter(|l| l.group == id && (l.leaving || !lives(l))) {
+            evicted.extend(listener.key.take());
+        }
+        for key in evicted {
+            self.push(Command::Evict { group: id, key });
+        }
+    }
+
+    /// Keeps exactly one handle per group of unmodified workers: with none the group could get empty and refuse,
+    /// with more a dead worker's queue would wait for the master instead of being migrated by the kernel at once.
+    pub(crate) fn keep_anchor(&mut self, id: GroupId) {
+        if self.engine != Engine::Ebpf {
+            return;
+        }
+        let choosable: Vec<ListenerId> =
+            self.choosable(id).into_iter().filter(|listener| self.is_its_own(*listener)).collect();
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let has_handle = |l: &ListenerId| self.listeners.get(l).is_some_and(|l| l.handle);
+        let kept = group.anchor.filter(|anchor| choosable.contains(anchor));
+        match kept.or_else(|| choosable.iter().copied().find(has_handle)) {
+            Some(anchor) => group.anchor = Some(anchor),
+            None => {
+                let candidate = choosable.first().copied();
+                if let (None, Some(listener)) = (group.anchoring, candidate) {
+                    group.anchoring = candidate;
+                    self.push(Command::Anchor { listener });
+                }
+                return;
+            }
+        }
+        let anchor = group.anchor;
+        if !self.timers.is_armed(Timer::Anchors) {
+            self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
+        }
+        let serves = |l: &Listener| {
+            self.workers.get(&l.worker).is_some_and(|worker| worker.state == WorkerState::Serving)
+        };
+        let is_spare = |id: &ListenerId, l: &Listener| {
+            l.handle && l.listens && !l.leaving && serves(l) && Some(*id) != anchor
+        };
+        let of_group = self.listeners.iter().filter(|(_, l)| l.group == id);
+        let spare: Vec<ListenerId> = of_group.filter(|(id, l)| is_spare(id, l)).map(|(id, _)| *id).collect();
+        for listener in spare.into_iter().filter(|listener| self.is_its_own(*listener)).collect::<Vec<_>>() {
+            self.drop_handle(listener);
+        }
+    }
+
+    /// An unmodified worker made it.
+    fn is_its_own(&self, id: ListenerId) -> bool {
+        let listener = self.listeners.get(&id).filter(|listener| !listener.of_seat);
+        let worker = listener.and_then(|listener| self.workers.get(&listener.worker));
+        worker.is_some_and(|worker| worker.kind == Some(WorkerKind::Unmodified))
+    }
+
+    pub(crate) fn drop_handle(&mut self, id: ListenerId) {
+        if let Some(listener) = self.listeners.get_mut(&id).filter(|listener| listener.handle) {
+            listener.handle = false;
+            self.push(Command::Release { listener: id, shutdown: false });
+        }
+    }
+
+    pub(crate) fn on_admitted(&mut self, id: ListenerId, result: Result<(), i32>) {
+        let Some(listener) = self.listeners.get_mut(&id) else { return };
+        if result.is_err() {
+            listener.key = None;
+        }
+        let id = listener.group;
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        group.admitting = group.admitting.saturating_sub(1);
+        group.admit_failed = group.admit_failed.or(result.err());
+        if group.admitting > 0 || group.work != Work::Admitting {
+            return;
+        }
+        group.work = Work::Idle;
+        match group.admit_failed.take() {
+            Some(errno) => self.refused(id, errno),
+            None => self.steer_keys(id),
+        }
+    }
+
+    pub(crate) fn on_anchored(&mut self, id: ListenerId, result: Result<(), i32>) {
+        let Some(listener) = self.listeners.get_mut(&id) else {
+            // Its worker ended meanwhile and the listener was forgotten; the handle must not be.
+            if result.is_ok() {
+                self.push(Command::Release { listener: id, shutdown: false });
+            }
+            return self.forget_anchoring(id);
+        };
+        let group = listener.group;
+        listener.handle |= result.is_ok();
+        self.forget_anchoring(id);
+        if result.is_ok() {
+            self.keep_anchor(group);
+        }
+    }
+
+    fn forget_anchoring(&mut self, id: ListenerId) {
+        for group in self.groups.values_mut().filter(|group| group.anchoring == Some(id)) {
+            group.anchoring = None;
+        }
+    }
+
+    /// A worker that closes its listener unasked leaves an anchor nobody accepts from: seen within a second.
+    pub(crate) fn look_at_anchors(&mut self) {
+        let groups: Vec<(GroupId, Option<ListenerId>)> =
+            self.groups.iter().map(|(id, g)| (*id, g.anchor)).collect();
+        for (group, anchor) in groups {
+            let held = anchor.and_then(|anchor| Some((anchor, self.listeners.get(&anchor)?)));
+            match held.filter(|(_, l)| l.handle && !l.leaving).map(|(anchor, l)| (anchor, l.worker)) {
+                Some((listener, worker)) => self.push(Command::Owns { listener, worker }),
+                None => self.keep_anchor(group),
+            }
+        }
+        if self.groups.values().any(|group| group.anchor.is_some()) {
+            self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! From a started worker to one that can serve: its word, or its listeners, and its place in the groups.
+
+use crate::command::{Command, Order, Reason, Report};
+use crate::event::{Found, Problem};
+use crate::group::{Listener, Settling};
+use crate::id::{GroupId, ListenerId, WorkerId};
+use crate::master::Master;
+use crate::plan::{Engine, Readiness};
+use crate::timers::Timer;
+use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerKind, WorkerState};
+use alloc::vec::Vec;
+use core::time::Duration;
+
+impl Master {
+    pub(crate) fn on_notified(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let generation = worker.generation;
+        if worker.state == (WorkerState::Starting { notified: false }) {
+            worker.state = WorkerState::Starting { notified: true };
+            if self.readiness(generation) == Readiness::Notify {
+                self.look(id);
+            }
+        }
+    }
+
+    pub(crate) fn on_extended(&mut self, id: WorkerId, by: Duration) {
+        if let Some(ready_by) = self.timers.at(Timer::Ready(id)) {
+            self.timers.arm(Timer::Ready(id), self.now.after(by).max(ready_by));
+        }
+    }
+
+    pub(crate) fn look(&mut self, id: WorkerId) {
+        match self.workers.get(&id).map(|worker| worker.state) {
+            Some(WorkerState::Starting { .. }) => self.push(Command::Find { worker: id }),
+            Some(WorkerState::Proving) => self.push(Command::Prove { worker: id }),
+            Some(_) | None => {}
+        }
+    }
+
+    pub(crate) fn on_found(&mut self, id: WorkerId, found: Found) {
+        let readiness = self.readiness_of(id);
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| is_unknown(worker.state)) else {
+            if let Found::All(listeners) = found {
+                self.refuse_handles(&listeners);
+            }
+            return;
+        };
+        match found {
+            Found::All(listeners) => {
+                worker.kind = Some(WorkerKind::Unmodified);
+                self.adopt_listeners(id, &listeners, true);
+                // Many programs listen long before they can serve. With the other engine nobody can be sent past
+                // the listeners in force, so listening has to do.
+                if readiness == Readiness::Listen && self.engine == Engine::Ebpf {
+                    self.prove(id);
+                } else {
+                    self.proven(id);
+                }
+            }
+            Found::NotYet(problem) if readiness == Readiness::Listen => self.look_later(id, problem),
+            Found::NotYet(problem) | Found::Never(problem) => {
+                let seat = worker.seat;
+                self.fail_worker(id, Reason::WrongListeners(seat, id, problem));
+            }
+        }
+    }
+
+    fn readiness_of(&self, id: WorkerId) -> Readiness {
+        self.workers.get(&id).map_or(Readiness::Notify, |worker| self.readiness(worker.generation))
+    }
+
+    fn prove(&mut self, id: WorkerId) {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.state = WorkerState::Proving;
+            worker.pause = LOOK_PAUSE;
+        }
+        self.push(Command::Prove { worker: id });
+    }
+
+    pub(crate) fn on_proved(&mut self, id: WorkerId, accepted: bool) {
+        let is_proving = self.workers.get(&id).is_some_and(|worker| worker.state == WorkerState::Proving);
+        match (is_proving, accepted) {
+            (true, true) => self.proven(id),
+            (true, false) => self.look_later(id, Problem::NotAccepting),
+            (false, _) => {}
+        }
+    }
+
+    fn look_later(&mut self, id: WorkerId, problem: Problem) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.missing = Some(problem);
+        let pause = worker.pause;
+        worker.pause = (pause * 2).min(LOOK_PAUSE_MAX);
+        self.timers.arm(Timer::Look(id), self.now.after(pause));
+    }
+
+    pub(crate) fn on_ready(&mut self, id: WorkerId, listeners: &[(GroupId, ListenerId)]) {
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| is_unknown(worker.state)) else {
+            return self.refuse_handles(listeners);
+        };
+        worker.kind = Some(WorkerKind::Handover);
+        let (seat, generation) = (worker.seat, worker.generation);
+        let groups =
+            self.generations.get(&generation).map(|record| record.plan.groups.clone()).unwrap_or_default();
+        self.adopt_listeners(id, listeners, false);
+        let seat_groups = self.seat_groups(generation);
+        let is_missing =
+            |group: &&GroupId| !seat_groups.contains(group) && !listeners.iter().any(|(of, _)| of == *group);
+        match groups.iter().find(is_missing) {
+            Some(group) => {
+                self.fail_worker(id, Reason::WrongListeners(seat, id, Problem::NotListening(*group)))
+            }
+            None => self.proven(id),
+        }
+    }
+
+    fn adopt_listeners(&mut self, worker: WorkerId, listeners: &[(GroupId, ListenerId)], listens: bool) {
+        let Some((generation, seat)) = self.workers.get(&worker).map(|w| (w.generation, w.seat)) else {
+            return;
+        };
+        for (group, id) in listeners {
+            let listener = Listener {
+                group: *group,
+                generation,
+                worker,
+                seat,
+                of_seat: false,
+                handle: true,
+                listens,
+                leaving: false,
+                by_shutdown: false,
+                key: None,
+                settling: Settling::Settled,
+                depth: None,
+                asked: 0,
+                gone: false,
+            };
+            self.listeners.insert(*id, listener);
+            self.outdate_looks(*group);
+        }
+    }
+
+    fn refuse_handles(&mut self, listeners: &[(GroupId, ListenerId)]) {
+        for (_, listener) in listeners {
+            self.push(Command::Release { listener: *listener, shutdown: false });
+        }
+    }
+
+    /// The worker can serve. A respawn joins at once; a new generation waits until all of it is ready.
+    fn proven(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.state = WorkerState::Ready;
+        let generation = worker.generation;
+        self.timers.disarm(Timer::Ready(id));
+        self.timers.disarm(Timer::Look(id));
+        self.report(Report::WorkerReady(id));
+        if self.active == Some(generation) {
+            self.take_seat(id);
+            self.join(id);
+        }
+    }
+
+    pub(crate) fn join(&mut self, id: WorkerId) {
+        let bound: Vec<ListenerId> = self
+            .listeners_of(id)
+            .into_iter()
+            .filter(|l| self.listeners.get(l).is_some_and(|l| !l.listens))
+            .collect();
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.state = if bound.is_empty() { WorkerState::Serving } else { WorkerState::Joining };
+        }
+        for listener in &bound {
+            self.push(Command::Listen { listener: *listener });
+        }
+        if bound.is_empty() {
+            self.joined(id);
+        }
+    }
+
+    pub(crate) fn on_listening(&mut self, id: ListenerId, result: Result<(), i32>) {
+        let Some(listener) = self.listeners.get_mut(&id) else { return };
+        let worker = listener.worker;
+        listener.listens |= result.is_ok();
+        let group = listener.group;
+        self.outdate_looks(group);
+        let Some(record) = self.workers.get_mut(&worker).filter(|w| w.state == WorkerState::Joining) else {
+            return;
+        };
+        if let Err(errno) = result {
+            let seat = record.seat;
+            return self.fail_worker(worker, Reason::ListenFailed(seat, worker, errno));
+        }
+        if self.listeners.values().all(|l| l.worker != worker || l.listens) {
+            record.state = WorkerState::Serving;
+            self.push(Command::Tell { worker, order: Order::Serve });
+            self.joined(worker);
+        }
+    }
+
+    fn joined(&mut self, id: WorkerId) {
+        for listener in self.listeners_of(id) {
+            let Some(Listener { group, generation, .. }) = self.listeners.get(&listener) else { continue };
+            let (group, generation) = (*group, *generation);
+            if self.groups.get(&group).is_some_and(|group| group.wants(generation)) {
+                self.mark_stale(group);
+            }
+        }
+    }
+
+    pub(crate) fn on_ready_timeout(&mut self, id: WorkerId) {
+        if let Some(worker) = self.workers.get(&id).filter(|worker| worker.state.is_starting()) {
+            let reason = Reason::NotReady(worker.seat, id, worker.missing);
+            self.fail_worker(id, reason);
+        }
+    }
+}
+
+/// Nothing is known yet of its listeners.
+fn is_unknown(state: WorkerState) -> bool {
+    matches!(state, WorkerState::Spawning | WorkerState::Starting { .. })
+}

@@ -1,0 +1,158 @@
+//! What this process may do, against what the engine and the workers need.
+
+use crate::config::EngineChoice;
+use crate::doctor::facts::{Facts, Rights};
+use crate::doctor::finding::{Finding, Level};
+use crate::doctor::trials::Trial;
+
+pub(super) fn all(facts: &Facts) -> Vec<Finding> {
+    let mut findings = vec![bpf(facts), sys_ptrace(facts), getfd(facts), net_admin(facts)];
+    findings.extend(low_ports(facts));
+    findings.push(unprivileged_bpf(facts));
+    findings
+}
+
+/// The command that gives the program all it lacks: `setcap` replaces what a file had.
+fn setcap(facts: &Facts, needed: &str) -> String {
+    let Rights { program, bpf, sys_ptrace, net_bind_service, .. } = &facts.rights;
+    let has_low_port = low_port(facts).is_some();
+    let lacking = [
+        ("cap_bpf", !bpf || needed == "cap_bpf"),
+        ("cap_net_admin", needed == "cap_net_admin"),
+        ("cap_net_bind_service", has_low_port && !net_bind_service),
+        ("cap_sys_ptrace", !sys_ptrace || needed == "cap_sys_ptrace"),
+    ];
+    let names: Vec<&str> = lacking.iter().filter(|(_, lacks)| *lacks).map(|(name, _)| *name).collect();
+    let unit = needed.to_uppercase();
+    format!(
+        "setcap {}+ep {program}   # under systemd: AmbientCapabilities={unit} in the unit",
+        names.join(",")
+    )
+}
+
+fn bpf(facts: &Facts) -> Finding {
+    const CHECK: &str = "cap_bpf";
+    if facts.rights.bpf {
+        return Finding::ok(CHECK, "CAP_BPF: steering programs may be loaded");
+    }
+    let (level, lost) = match facts.needs.engine {
+        EngineChoice::Ebpf => (Level::Problem, "the configured engine: the master will not start"),
+        EngineChoice::Auto => (
+            Level::Warning,
+            "the ebpf engine. With cbpf the queue of an unmodified worker that is killed is lost, and counted, \
+             unless net.ipv4.tcp_migrate_req is 1",
+        ),
+        EngineChoice::Cbpf | EngineChoice::None => {
+            (Level::Note, "nothing: the configured engine does without")
+        }
+    };
+    Finding::bad(level, CHECK, "CAP_BPF is missing", lost, setcap(facts, CHECK))
+}
+
+fn sys_ptrace(facts: &Facts) -> Finding {
+    const CHECK: &str = "cap_sys_ptrace";
+    if facts.rights.sys_ptrace {
+        return Finding::ok(CHECK, "CAP_SYS_PTRACE: listeners of any worker can be reached");
+    }
+    Finding::bad(
+        Level::Note,
+        CHECK,
+        "CAP_SYS_PTRACE is missing",
+        "unmodified workers that run as another user, have more capabilities than the master, or whose executable it \
+         can't read: their listeners can't be reached. Handover workers need nothing",
+        setcap(facts, CHECK),
+    )
+}
+
+/// Unmodified workers stand and fall with this.
+fn getfd(facts: &Facts) -> Finding {
+    const CHECK: &str = "pidfd_getfd";
+    const LOST: &str =
+        "unmodified workers: the master can't reach their listeners. Handover workers need nothing";
+    let scope = facts.settings.ptrace_scope;
+    match (&facts.rights.getfd, scope) {
+        (Trial::Passed, None | Some(0 | 1)) => {
+            Finding::ok(CHECK, "a descriptor of an own child was fetched, as from an unmodified worker")
+        }
+        (Trial::Passed, Some(scope)) => Finding::ok(
+            CHECK,
+            format!("a descriptor of an own child was fetched, although kernel.yama.ptrace_scope = {scope}"),
+        ),
+        (Trial::Failed(why), Some(2)) => Finding::bad(
+            Level::Problem,
+            CHECK,
+            format!("a descriptor of an own child can't be fetched ({why}): kernel.yama.ptrace_scope = 2"),
+            LOST,
+            "sysctl -w kernel.yama.ptrace_scope=1   # or give reuseportd CAP_SYS_PTRACE",
+        ),
+        (Trial::Failed(why), Some(3..)) => Finding::bad(
+            Level::Problem,
+            CHECK,
+            format!("a descriptor of an own child can't be fetched ({why}): kernel.yama.ptrace_scope = 3"),
+            LOST,
+            "set kernel.yama.ptrace_scope to 1 in /etc/sysctl.d and boot: 3 can't be undone at run time",
+        ),
+        (Trial::Failed(why), _) => Finding::bad(
+            Level::Problem,
+            CHECK,
+            format!("a descriptor of an own child can't be fetched ({why})"),
+            LOST,
+            "allow pidfd_open and pidfd_getfd: the seccomp profile of the container, SystemCallFilter= of the unit, \
+             or the security module in force",
+        ),
+        (Trial::Untested(obstacle), _) => Finding::bad(
+            Level::Warning,
+            CHECK,
+            format!("not tested: {}", obstacle.why),
+            "certainty that listeners of unmodified workers can be reached",
+            obstacle.remedy,
+        ),
+    }
+}
+
+fn net_admin(facts: &Facts) -> Finding {
+    const CHECK: &str = "cap_net_admin";
+    if facts.rights.net_admin {
+        return Finding::ok(CHECK, "CAP_NET_ADMIN");
+    }
+    let lost = "listen.force_reuseport; nothing else needs it";
+    Finding::bad(Level::Note, CHECK, "CAP_NET_ADMIN is missing", lost, setcap(facts, CHECK))
+}
+
+/// The lowest configured port an ordinary process may not bind.
+fn low_port(facts: &Facts) -> Option<u16> {
+    let first_free = facts.settings.first_free_port?;
+    let ports = facts.needs.listen.iter().map(|(address, _)| address.port());
+    ports.filter(|port| u64::from(*port) < first_free).min()
+}
+
+fn low_ports(facts: &Facts) -> Option<Finding> {
+    const CHECK: &str = "cap_net_bind_service";
+    let port = low_port(facts)?;
+    if facts.rights.net_bind_service {
+        return Some(Finding::ok(CHECK, format!("CAP_NET_BIND_SERVICE: port {port} may be bound")));
+    }
+    Some(Finding::bad(
+        Level::Problem,
+        CHECK,
+        format!("CAP_NET_BIND_SERVICE is missing, and port {port} is configured"),
+        "the service: no worker can bind that port",
+        format!("sysctl -w net.ipv4.ip_unprivileged_port_start={port}"),
+    ))
+}
+
+/// The engine does not need it; whoever leaves it open should know.
+fn unprivileged_bpf(facts: &Facts) -> Finding {
+    const NAME: &str = "kernel.unprivileged_bpf_disabled";
+    match facts.settings.unprivileged_bpf_disabled {
+        Some(0) => Finding::bad(
+            Level::Note,
+            NAME,
+            "0: any user may load some kinds of BPF program",
+            "nothing of ours, which needs CAP_BPF either way; it widens what an attacker can reach",
+            format!("sysctl -w {NAME}=2"),
+        ),
+        Some(value) => Finding::ok(NAME, format!("{value}: with CAP_BPF only, as the ebpf engine has it")),
+        None => Finding::ok(NAME, "not shown here; the ebpf engine needs CAP_BPF either way"),
+    }
+}
