@@ -62,7 +62,7 @@ impl Master {
                 | WorkerState::Starting { .. }
                 | WorkerState::Proving
                 | WorkerState::Ready
-                | WorkerState::Joining
+                | WorkerState::Joining { .. }
                 | WorkerState::Serving
                 | WorkerState::Dying => true,
             };

@@ -100,8 +100,8 @@ pub enum Event {
     Proved {
         /// Which.
         worker: WorkerId,
-        /// Every one of its listeners was accepted from.
-        accepted: bool,
+        /// What is known by now.
+        verdict: Verdict,
     },
     /// Answer to `Listen`.
     Listening {
@@ -199,6 +199,17 @@ pub enum Exit {
     Signal(i32),
 }
 
+/// What became of the attempt to prove a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// Nothing yet: ask again.
+    Waiting,
+    /// It accepted, or answered as it should.
+    Passed,
+    /// It did not.
+    Failed,
+}
+
 /// What looking for a worker's own listeners brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -221,6 +232,8 @@ pub enum Problem {
     NoReuseport(GroupId),
     /// It listens, but does not accept.
     NotAccepting,
+    /// It does not answer as it should.
+    NotHealthy,
     /// Its descriptors can't be reached.
     NotPermitted(GroupId),
     /// Looking failed with this errno.

@@ -130,7 +130,7 @@ impl Master {
             return self.end_unproven(id);
         }
         worker.state = WorkerState::Starting { notified: false };
-        if self.readiness(generation) == Readiness::Listen {
+        if self.readiness(generation) != Readiness::Notify {
             self.timers.arm(Timer::Look(id), self.now.after(LOOK_PAUSE));
         }
     }
@@ -204,7 +204,7 @@ impl Master {
     fn begin_joining(&mut self, to: Generation) -> bool {
         self.enter_step(UpgradeStep::Joining);
         for worker in self.workers_of(to) {
-            self.join(worker);
+            self.join(worker, false);
         }
         true
     }

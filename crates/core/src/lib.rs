@@ -38,7 +38,7 @@ mod timers;
 mod worker;
 
 pub use command::{Command, Notice, Order, Range, Reason, Report, Share, Signal};
-pub use event::{Depth, Event, Exit, Found, GroupView, Member, Problem, StopMode, Trigger, Wait};
+pub use event::{Depth, Event, Exit, Found, GroupView, Member, Problem, StopMode, Trigger, Verdict, Wait};
 pub use generation::GenerationState;
 pub use id::{Generation, GroupId, ListenerId, Seat, Ticket, Time, WorkerId};
 pub use master::{Master, MasterState};

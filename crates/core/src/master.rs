@@ -114,7 +114,7 @@ impl Master {
             Event::Drained { worker } => self.on_drained(worker),
             Event::Taken { listener, count } => self.on_taken(listener, count),
             Event::Found { worker, found } => self.on_found(worker, found),
-            Event::Proved { worker, accepted } => self.on_proved(worker, accepted),
+            Event::Proved { worker, verdict } => self.on_proved(worker, verdict),
             Event::Listening { listener, result } => self.on_listening(listener, result),
             Event::Steered { group, result } => self.on_steered(group, result),
             Event::Admitted { listener, result } => self.on_admitted(listener, result),

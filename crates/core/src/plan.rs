@@ -21,8 +21,10 @@ pub enum Engine {
 pub enum Readiness {
     /// READY=1 on the notify socket.
     Notify,
-    /// Owning a listener on every configured address.
+    /// Owning a listener on every configured address, and accepting from it.
     Listen,
+    /// Answering requests made to this very worker, several times in a row.
+    Http,
 }
 
 /// When a retired worker is told to stop.
@@ -58,6 +60,10 @@ pub struct Plan {
     pub seat_groups: Vec<GroupId>,
     /// How a worker is known to be ready.
     pub readiness: Readiness,
+    /// `Http`: answers in a row, at least 1.
+    pub passes: u16,
+    /// `Http`: the pause between two requests.
+    pub interval: Duration,
     /// A worker not ready by then has failed.
     pub ready_timeout: Duration,
     /// How long half-open handshakes may take after the switch.

@@ -1,14 +1,13 @@
 //! From a started worker to one that can serve: its word, or its listeners, and its place in the groups.
 
 use crate::command::{Command, Order, Reason, Report};
-use crate::event::{Found, Problem};
+use crate::event::{Found, Problem, Verdict};
 use crate::group::{Listener, Settling};
 use crate::id::{GroupId, ListenerId, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, Readiness};
 use crate::timers::Timer;
 use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerKind, WorkerState};
-use alloc::vec::Vec;
 use core::time::Duration;
 
 impl Master {
@@ -51,13 +50,13 @@ impl Master {
                 self.adopt_listeners(id, &listeners, true);
                 // Many programs listen long before they can serve. With the other engine nobody can be sent past
                 // the listeners in force, so listening has to do.
-                if readiness == Readiness::Listen && self.engine == Engine::Ebpf {
-                    self.prove(id);
-                } else {
-                    self.proven(id);
+                match readiness {
+                    Readiness::Listen if self.engine == Engine::Ebpf => self.prove(id),
+                    Readiness::Http => self.prove(id),
+                    Readiness::Listen | Readiness::Notify => self.proven(id),
                 }
             }
-            Found::NotYet(problem) if readiness == Readiness::Listen => self.look_later(id, problem),
+            Found::NotYet(problem) if readiness != Readiness::Notify => self.look_later(id, problem),
             Found::NotYet(problem) | Found::Never(problem) => {
                 let seat = worker.seat;
                 self.fail_worker(id, Reason::WrongListeners(seat, id, problem));
@@ -77,12 +76,28 @@ impl Master {
         self.push(Command::Prove { worker: id });
     }
 
-    pub(crate) fn on_proved(&mut self, id: WorkerId, accepted: bool) {
-        let is_proving = self.workers.get(&id).is_some_and(|worker| worker.state == WorkerState::Proving);
-        match (is_proving, accepted) {
-            (true, true) => self.proven(id),
-            (true, false) => self.look_later(id, Problem::NotAccepting),
-            (false, _) => {}
+    pub(crate) fn on_proved(&mut self, id: WorkerId, verdict: Verdict) {
+        let Some(worker) = self.workers.get_mut(&id).filter(|w| w.state == WorkerState::Proving) else {
+            return;
+        };
+        let record = self.generations.get(&worker.generation).map(|record| &record.plan);
+        let Some((readiness, passes, interval)) = record.map(|p| (p.readiness, p.passes, p.interval)) else {
+            return;
+        };
+        let again = self.now.after(interval);
+        match verdict {
+            Verdict::Waiting => self.look_later(id, Problem::NotAccepting),
+            Verdict::Passed if readiness != Readiness::Http || worker.passes + 1 >= passes => self.proven(id),
+            Verdict::Passed => {
+                worker.passes += 1;
+                worker.pause = LOOK_PAUSE;
+                self.timers.arm(Timer::Look(id), again);
+            }
+            Verdict::Failed => {
+                worker.passes = 0;
+                worker.missing = Some(Problem::NotHealthy);
+                self.timers.arm(Timer::Look(id), again);
+            }
         }
     }
 
@@ -110,6 +125,8 @@ impl Master {
             Some(group) => {
                 self.fail_worker(id, Reason::WrongListeners(seat, id, Problem::NotListening(*group)))
             }
+            // Only who serves can answer: it joins the groups, but nobody steers to it.
+            None if self.readiness(generation) == Readiness::Http => self.join(id, true),
             None => self.proven(id),
         }
     }
@@ -156,25 +173,21 @@ impl Master {
         self.report(Report::WorkerReady(id));
         if self.active == Some(generation) {
             self.take_seat(id);
-            self.join(id);
+            self.join(id, false);
         }
     }
 
-    pub(crate) fn join(&mut self, id: WorkerId) {
-        let bound: Vec<ListenerId> = self
-            .listeners_of(id)
-            .into_iter()
-            .filter(|l| self.listeners.get(l).is_some_and(|l| !l.listens))
-            .collect();
+    /// Has what it bound listened on; then it serves, or shows that it can.
+    pub(crate) fn join(&mut self, id: WorkerId, unproven: bool) {
         if let Some(worker) = self.workers.get_mut(&id) {
-            worker.state = if bound.is_empty() { WorkerState::Serving } else { WorkerState::Joining };
+            worker.state = WorkerState::Joining { unproven };
         }
-        for listener in &bound {
-            self.push(Command::Listen { listener: *listener });
+        for listener in self.listeners_of(id) {
+            if self.listeners.get(&listener).is_some_and(|listener| !listener.listens) {
+                self.push(Command::Listen { listener });
+            }
         }
-        if bound.is_empty() {
-            self.joined(id);
-        }
+        self.all_listen(id);
     }
 
     pub(crate) fn on_listening(&mut self, id: ListenerId, result: Result<(), i32>) {
@@ -183,17 +196,32 @@ impl Master {
         listener.listens |= result.is_ok();
         let group = listener.group;
         self.outdate_looks(group);
-        let Some(record) = self.workers.get_mut(&worker).filter(|w| w.state == WorkerState::Joining) else {
-            return;
-        };
-        if let Err(errno) = result {
-            let seat = record.seat;
-            return self.fail_worker(worker, Reason::ListenFailed(seat, worker, errno));
+        let Some(record) = self.workers.get(&worker) else { return };
+        match (record.state, result) {
+            (WorkerState::Joining { .. }, Ok(())) => self.all_listen(worker),
+            (WorkerState::Joining { .. }, Err(errno)) => {
+                self.fail_worker(worker, Reason::ListenFailed(record.seat, worker, errno));
+            }
+            (_, _) => {}
         }
-        if self.listeners.values().all(|l| l.worker != worker || l.listens) {
-            record.state = WorkerState::Serving;
-            self.push(Command::Tell { worker, order: Order::Serve });
-            self.joined(worker);
+    }
+
+    fn all_listen(&mut self, id: WorkerId) {
+        if self.listeners.values().any(|listener| listener.worker == id && !listener.listens) {
+            return;
+        }
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let WorkerState::Joining { unproven } = worker.state else { return };
+        let must_tell = worker.kind == Some(WorkerKind::Handover) && !worker.told_serve;
+        worker.told_serve |= must_tell;
+        worker.state = WorkerState::Serving;
+        if must_tell {
+            self.push(Command::Tell { worker: id, order: Order::Serve });
+        }
+        if unproven {
+            self.prove(id);
+        } else {
+            self.joined(id);
         }
     }
 

@@ -184,7 +184,7 @@ impl Master {
                 | WorkerState::Starting { .. }
                 | WorkerState::Proving
                 | WorkerState::Ready
-                | WorkerState::Joining
+                | WorkerState::Joining { .. }
                 | WorkerState::Serving
                 | WorkerState::Emptying
                 | WorkerState::Draining

@@ -28,7 +28,10 @@ pub enum WorkerState {
     /// Proven: its listeners exist, or are bound. Not chosen by anyone.
     Ready,
     /// Its bound sockets are being listened on.
-    Joining,
+    Joining {
+        /// It still has to be proven after that.
+        unproven: bool,
+    },
     /// It accepts and is, or is about to be, chosen.
     Serving,
     /// Steered away from; accepts what still waits.
@@ -60,9 +63,12 @@ impl WorkerState {
     /// Whether it ever got to the point of being proven.
     pub(crate) fn is_starting(self) -> bool {
         match self {
-            WorkerState::Spawning | WorkerState::Starting { .. } | WorkerState::Proving => true,
+            WorkerState::Spawning
+            | WorkerState::Starting { .. }
+            | WorkerState::Proving
+            | WorkerState::Joining { unproven: true } => true,
             WorkerState::Ready
-            | WorkerState::Joining
+            | WorkerState::Joining { unproven: false }
             | WorkerState::Serving
             | WorkerState::Emptying
             | WorkerState::Idling { .. }
@@ -84,7 +90,7 @@ impl WorkerState {
             | WorkerState::Starting { .. }
             | WorkerState::Proving
             | WorkerState::Ready
-            | WorkerState::Joining
+            | WorkerState::Joining { .. }
             | WorkerState::Serving
             | WorkerState::Emptying
             | WorkerState::Idling { .. } => false,
@@ -101,6 +107,10 @@ pub(crate) struct Worker {
     /// `None` until it says, or shows, which it is.
     pub(crate) kind: Option<WorkerKind>,
     pub(crate) spawned: Time,
+    /// A handover worker has been told to serve.
+    pub(crate) told_serve: bool,
+    /// Requests it has answered in a row.
+    pub(crate) passes: u16,
     /// What was missing when its listeners were last looked for.
     pub(crate) missing: Option<Problem>,
     /// The pause before its listeners are looked for again, or its remains.
@@ -117,6 +127,8 @@ impl Worker {
             state: WorkerState::Spawning,
             kind: None,
             spawned: now,
+            told_serve: false,
+            passes: 0,
             missing: None,
             pause: LOOK_PAUSE,
             cut_uncounted: false,

@@ -5,7 +5,8 @@
 mod shell;
 
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Found, ListenerId, Notice, Problem, Report, StopMode, Trigger, WorkerId,
+    Command, Engine, Event, Exit, Found, ListenerId, Notice, Problem, Report, StopMode, Trigger, Verdict,
+    WorkerId,
 };
 use shell::{GROUP, Shell};
 use std::fmt::Write;
@@ -103,7 +104,7 @@ fn events(worker: u32) -> Vec<Event> {
         Event::Found { worker: id, found: Found::All(vec![(GROUP, fresh)]) },
         Event::Found { worker: id, found: Found::NotYet(Problem::NotListening(GROUP)) },
         Event::Found { worker: id, found: Found::Never(Problem::NoReuseport(GROUP)) },
-        Event::Proved { worker: id, accepted: false },
+        Event::Proved { worker: id, verdict: Verdict::Waiting },
         Event::Listening { listener, result: Err(98) },
         Event::Steered { group: GROUP, result: Err(1) },
         Event::Admitted { listener, result: Err(12) },

@@ -2,7 +2,7 @@
 
 use reuseportd_core::{
     Breaker, Command, Depth, Engine, Event, Exit, Found, GroupId, GroupView, ListenerId, Master, Member,
-    Plan, Problem, Readiness, StopWhen, Time, Trigger, WorkerId,
+    Plan, Problem, Readiness, StopWhen, Time, Trigger, Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -61,6 +61,8 @@ impl Shell {
             workers,
             groups: vec![GROUP],
             seat_groups: Vec::new(),
+            passes: 1,
+            interval: Duration::from_millis(200),
             readiness: Readiness::Notify,
             ready_timeout: second * 60,
             settle_timeout: second * 2,
@@ -127,7 +129,7 @@ impl Shell {
             Command::Find { worker } => {
                 Event::Found { worker, found: Found::NotYet(Problem::NotListening(GROUP)) }
             }
-            Command::Prove { worker } => Event::Proved { worker, accepted: true },
+            Command::Prove { worker } => Event::Proved { worker, verdict: Verdict::Passed },
             Command::Listen { listener } => {
                 self.members.push(listener);
                 Event::Listening { listener, result: Ok(()) }

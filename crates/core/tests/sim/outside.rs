@@ -47,6 +47,8 @@ impl World {
             workers: u16::try_from(rng.between(1, 4)).unwrap_or(1),
             groups,
             seat_groups: Vec::new(),
+            passes: 1,
+            interval: Duration::from_millis(200),
             readiness: if rng.permille(500) { Readiness::Notify } else { Readiness::Listen },
             ready_timeout: millis(500, 3000, rng),
             settle_timeout: millis(200, 1000, rng),

@@ -6,7 +6,7 @@ use crate::rng::Rng;
 use crate::workers::{Act, Temper, Worker};
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time,
-    WorkerId,
+    Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -260,7 +260,8 @@ impl World {
             Command::Prove { worker } => {
                 // Programs that load for a while listen long before they accept.
                 let accepted = self.workers[&worker].runs && self.rng.permille(700);
-                self.answer(Event::Proved { worker, accepted });
+                let verdict = if accepted { Verdict::Passed } else { Verdict::Waiting };
+                self.answer(Event::Proved { worker, verdict });
             }
             Command::CheckRemains { worker } => {
                 let left = self.workers[&worker].child;
