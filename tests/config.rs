@@ -44,6 +44,17 @@ const MALFORMED: &[Case] = &[
     case("@APP\nworkers = 0\n@LISTEN\n", "3:11", &["app.workers", "from 1 to 1024"]),
     case("@APP\nworkers = \"all\"\n@LISTEN\n", "3:11", &["app.workers", "\"cpus\""]),
     case("@APP\numask = \"0999\"\n@LISTEN\n", "3:9", &["app.umask", "octal"]),
+    case(
+        "@APP\nuser = \"no-such-user\"\n@LISTEN\n",
+        "3:8",
+        &["app.user: there is no user", "user name or uid"],
+    ),
+    case("@APP\ngroup = -1\n@LISTEN\n", "3:9", &["app.group: there is no group -1", "group name or gid"]),
+    case(
+        "@APP\ncapabilities = [\"NET_BIND_SERVCE\"]\n@LISTEN\n",
+        "3:17",
+        &["app.capabilities[0]", "did you mean `CAP_NET_BIND_SERVICE`"],
+    ),
     case("@APP\nstop_signal = \"SIGKILL\"\n@LISTEN\n", "3:15", &["app.stop_signal", "no chance"]),
     case("@APP\nlimits = { nofiles = 1 }\n@LISTEN\n", "3:22", &["app.limits.nofiles", "`nofile`"]),
     case("@APP\n@LISTEN\nbacklog = 0\n", "5:11", &["listen[0].backlog", "from 1 to 2147483647"]),
@@ -90,7 +101,6 @@ const MALFORMED: &[Case] = &[
         &["restart.backoff", "restart.backoff_max"],
     ),
     // Not yet.
-    case("@APP\nuser = \"www-data\"\n@LISTEN\n", "3:8", &["app.user: not supported yet"]),
     case("@APP\n@LISTEN\nprotocol = \"udp\"\n", "5:12", &["listen[0].protocol: not supported yet"]),
     case("@APP\n@LISTEN\n[watchdog]\ntimeout = \"1s\"\n", "6:11", &["watchdog.timeout: not supported yet"]),
     case(

@@ -127,9 +127,15 @@ pub(crate) enum EngineChoice {
 }
 
 /// `[readiness]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Readiness {
     pub(crate) method: ReadinessMethod,
+    /// For `Http`; begins with `/` and holds no blank.
+    pub(crate) path: String,
+    /// For `Http`, at least 1.
+    pub(crate) passes: u16,
+    /// For `Http`.
+    pub(crate) interval: Duration,
 }
 
 /// How a worker is known to be ready.
@@ -139,6 +145,8 @@ pub(crate) enum ReadinessMethod {
     Notify,
     /// It owns its listeners and accepted an empty connection steered to it.
     Listen,
+    /// It answers requests for `path`, `passes` times in a row, `interval` apart.
+    Http,
 }
 
 /// `[upgrade]`.

@@ -7,7 +7,7 @@ use toml::Spanned;
 
 use super::problems::Problems;
 use super::schema::{self, Raw, Scalar};
-use super::values::{parse_mode, parse_share};
+use super::values::{Refused, parse_mode, parse_share, refused};
 use super::*;
 use super::{app, identity, listen, socket_path, unsupported};
 
@@ -44,13 +44,40 @@ fn steering(raw: &schema::Steering, problems: &mut Problems) -> Steering {
 }
 
 fn readiness(raw: &schema::Readiness, problems: &mut Problems) -> Readiness {
-    use ReadinessMethod::{Listen, Notify};
-    problems.number("readiness.passes", &raw.passes, 1..=1000_u16, 2);
-    problems.wait("readiness.interval", &raw.interval, SECOND);
-    // The probe is refused as not supported; until then it needs no variant of its own.
-    let methods = [("notify", Notify), ("listen", Listen), ("http", Notify)];
-    Readiness { method: problems.choice("readiness.method", &raw.method, methods) }
+    use ReadinessMethod::{Http, Listen, Notify};
+    let path = match &raw.path {
+        Some(path) => problems.text("readiness.path", path, parse_path),
+        None => None,
+    };
+    Readiness {
+        method: problems.choice(
+            "readiness.method",
+            &raw.method,
+            [("notify", Notify), ("listen", Listen), ("http", Http)],
+        ),
+        path: path.unwrap_or_else(|| "/healthz".to_owned()),
+        passes: problems.number("readiness.passes", &raw.passes, 1..=1000_u16, 2),
+        interval: problems.wait("readiness.interval", &raw.interval, SECOND / 5),
+    }
 }
+
+/// The path of a request: what would break its first line is refused.
+fn parse_path(text: &str) -> Result<String, Refused> {
+    if text.starts_with('/')
+        && text.bytes().all(|byte| byte.is_ascii_graphic())
+        && text.len() <= PATH_BYTES_MAX
+    {
+        return Ok(text.to_owned());
+    }
+    Err(refused(
+        text,
+        "is no path of a request",
+        "for example \"/healthz\"; ASCII without blanks, up to 1024 characters",
+    ))
+}
+
+/// Longest path of a request.
+const PATH_BYTES_MAX: usize = 1024;
 
 fn upgrade(raw: &schema::Upgrade, problems: &mut Problems) -> Upgrade {
     check_later_upgrade_keys(raw, problems);

@@ -18,13 +18,9 @@ type Asked = Option<Range<usize>>;
 
 /// Adds a finding for every key in use whose feature is missing.
 pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
-    let (readiness, upgrade) = (&raw.readiness, &raw.upgrade);
-    let table: [(&str, Asked, &str); 13] = [
+    let upgrade = &raw.upgrade;
+    let table: [(&str, Asked, &str); 9] = [
         ("steering.policy", other_than(&raw.steering.policy, "hash"), "leave it out, or write \"hash\""),
-        ("readiness.method", only(&readiness.method, "http"), "use \"notify\" or \"listen\""),
-        ("readiness.path", other_than(&readiness.path, "/healthz"), "leave it out"),
-        ("readiness.passes", other_number(&readiness.passes, 2), "leave it out"),
-        ("readiness.interval", other_time(&readiness.interval, 200), "leave it out"),
         ("upgrade.batch", other_word(&upgrade.batch, "all"), "leave it out, or write \"all\""),
         ("upgrade.canary", not_empty(&upgrade.canary), "leave it out"),
         ("upgrade.bake", other_time(&upgrade.bake, 0), "leave it out, or write \"0s\""),
@@ -86,10 +82,6 @@ fn other_than(value: &Option<Spanned<String>>, default: &str) -> Asked {
 fn other_time(value: &Option<Spanned<String>>, default_ms: u64) -> Asked {
     let default = Ok(Duration::from_millis(default_ms));
     value.as_ref().filter(|value| parse_duration(value.get_ref()) != default).map(Spanned::span)
-}
-
-fn other_number(value: &Option<Spanned<Scalar>>, default: i64) -> Asked {
-    value.as_ref().filter(|value| *value.get_ref() != Scalar::Number(default)).map(Spanned::span)
 }
 
 fn other_word(value: &Option<Spanned<Scalar>>, default: &str) -> Asked {

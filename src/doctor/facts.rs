@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 
 use super::trials::{Trial, Trials};
-use crate::config::{Config, EngineChoice};
+use crate::config::{Bind, Config, EngineChoice};
 use crate::master;
 
 /// Everything the findings are made of.
@@ -37,8 +37,19 @@ pub(super) struct Needs {
     pub(super) config: Option<PathBuf>,
     pub(super) engine: EngineChoice,
     pub(super) workers: u16,
-    /// Address and backlog of each listener.
-    pub(super) listen: Vec<(SocketAddr, u32)>,
+    /// Workers run as another user than the master.
+    pub(super) other_user: bool,
+    /// As that user they keep CAP_NET_BIND_SERVICE.
+    pub(super) user_binds_low_ports: bool,
+    pub(super) listen: Vec<Port>,
+}
+
+/// A `[[listen]]`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Port {
+    pub(super) address: SocketAddr,
+    pub(super) backlog: u32,
+    pub(super) bind: Bind,
 }
 
 /// What this process may do.
@@ -76,19 +87,34 @@ impl Default for Needs {
             config: None,
             engine: EngineChoice::Auto,
             workers: u16::try_from(workers).unwrap_or(u16::MAX),
-            listen: vec![(SocketAddr::from(([0, 0, 0, 0], 8080)), 4096)],
+            other_user: false,
+            user_binds_low_ports: false,
+            listen: vec![Port {
+                address: SocketAddr::from(([0, 0, 0, 0], 8080)),
+                backlog: 4096,
+                bind: Bind::Worker,
+            }],
         }
     }
 }
 
 impl Needs {
     pub(super) fn of_config(config: &Config) -> Needs {
+        let listen =
+            config.listen.iter().map(|l| Port { address: l.address, backlog: l.backlog, bind: l.bind });
         Needs {
             config: Some(config.path.clone()),
             engine: config.steering.engine,
             workers: config.app.workers,
-            listen: config.listen.iter().map(|listen| (listen.address, listen.backlog)).collect(),
+            other_user: config.app.identity.uid.is_some(),
+            user_binds_low_ports: config.app.identity.capabilities.contains(CapabilitySet::NET_BIND_SERVICE),
+            listen: listen.collect(),
         }
+    }
+
+    /// Whether the master has to reach for listeners of workers that know nothing of it.
+    pub(super) fn reaches_for_listeners(&self) -> bool {
+        self.listen.iter().any(|port| port.bind == Bind::Worker)
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) fn render(report: &Report, paint: Paint) -> String {
         text += &format!("\n{}\n", paint.tone(Tone::Heading, "connections lost"));
     }
     for one in &report.guarantees {
-        text += &format!("  {} workers\n", one.workers);
+        text += &format!("  workers: {}\n", one.workers);
         text += &format!("    in an upgrade, failed or not    {}\n", one.upgrade);
         text += &format!("    when a worker is SIGKILLed      {}\n", one.worker_killed);
         text += &format!("    when the last one is SIGKILLed  {}\n", one.last_worker_killed);

@@ -30,6 +30,7 @@ pub(super) fn word(engine: Engine) -> &'static str {
 
 const HANDOVER: &str = "handover";
 const UNMODIFIED: &str = "unmodified";
+const MASTER: &str = "bind = \"master\"";
 const WHAT_IT_HELD: &str = "0 beyond what it held";
 const WAIT: &str = "0, clients wait";
 
@@ -62,6 +63,9 @@ pub(super) fn guarantees(facts: &Facts) -> Vec<Guarantee> {
         worker_killed: handover.0,
         last_worker_killed: handover.1,
     }];
+    // Its sockets outlive every worker, and their slots are of the master's own making.
+    let lasting =
+        Guarantee { workers: MASTER, worker_killed: WHAT_IT_HELD, last_worker_killed: WAIT, ..all[0] };
     all.push(match (reachable, engine) {
         (false, _) => {
             let cannot = "can't be run here";
@@ -77,5 +81,6 @@ pub(super) fn guarantees(facts: &Facts) -> Vec<Guarantee> {
             Guarantee { workers: UNMODIFIED, upgrade, worker_killed, last_worker_killed }
         }
     });
+    all.push(lasting);
     all
 }

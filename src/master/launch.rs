@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 
 use nix::sys::resource::Resource;
-use reuseportd_core::{Generation, GroupId, Seat, WorkerId};
+use reuseportd_core::{Engine, Generation, GroupId, Seat, WorkerId};
 use reuseportd_sys::bpf::BpfError;
 use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
@@ -25,7 +25,7 @@ use super::process::{LastLines, Process};
 use super::runtime::Runtime;
 use super::seats::FIRST_NUMBER;
 use super::{Shell, clock};
-use crate::config::{self, Config, Listen, Output as OutputMode};
+use crate::config::{self, Bind, Config, Listen, Output as OutputMode, ReadinessMethod};
 
 /// What the workers of one generation are started from, however often: the config and the program as they were when
 /// the generation was asked for.
@@ -59,6 +59,11 @@ pub(super) enum LaunchError {
     Notify { path: String, source: io::Error },
     #[error(transparent)]
     Identity(#[from] config::IdentityError),
+    #[error(
+        "readiness.method = {method:?} needs the ebpf engine{with}: only that can send a request past all others to one \
+         worker; give the master CAP_BPF, or use \"notify\""
+    )]
+    Readiness { method: &'static str, with: &'static str },
     #[error("no steering for a new listener: {0}")]
     Steering(#[from] BpfError),
 }
@@ -70,6 +75,7 @@ impl Launch {
         runtime: &Runtime,
         groups: &mut Groups,
     ) -> Result<Launch, LaunchError> {
+        check_readiness(&config, groups.choice.engine)?;
         config.app.check_identity()?;
         let notify = runtime.notify_path();
         let failed = |source| LaunchError::Notify { path: notify.display().to_string(), source };
@@ -235,6 +241,20 @@ impl Shell {
         })?;
         let output = pipe.map(|(reader, _)| Output::new(reader, generation.0, seat.0, spawned.pid));
         Ok(process(generation, seat, spawned, channel, output))
+    }
+}
+
+/// Whether workers can be proven the way the config wants, with this engine.
+fn check_readiness(config: &Config, engine: Engine) -> Result<(), LaunchError> {
+    let has_seats = config.listen.iter().any(|listen| listen.bind == Bind::Master);
+    match config.readiness.method {
+        _ if engine == Engine::Ebpf => Ok(()),
+        ReadinessMethod::Http => Err(LaunchError::Readiness { method: "http", with: "" }),
+        // A socket that is passed listens before its worker has begun: that it does shows nothing.
+        ReadinessMethod::Listen if has_seats => {
+            Err(LaunchError::Readiness { method: "listen", with: " where bind = \"master\"" })
+        }
+        ReadinessMethod::Listen | ReadinessMethod::Notify => Ok(()),
     }
 }
 

@@ -56,7 +56,7 @@ impl Shell {
         }
     }
 
-    fn set_detail(&mut self, worker: WorkerId, detail: Option<String>) {
+    pub(super) fn set_detail(&mut self, worker: WorkerId, detail: Option<String>) {
         if let Some(process) = self.processes.get_mut(&worker) {
             process.detail = detail;
         }

@@ -4,6 +4,7 @@
 mod channel;
 mod clock;
 mod control;
+mod exchange;
 mod groups;
 mod launch;
 mod listeners;
@@ -69,6 +70,8 @@ struct Shell {
     taking: BTreeMap<(WorkerId, String), ListenerId>,
     /// Connections made to prove workers, as long as they have not been accepted.
     proofs: BTreeMap<WorkerId, Vec<prove::Proof>>,
+    /// Requests to prove workers, until they are answered.
+    exchanges: BTreeMap<WorkerId, exchange::Exchange>,
     receipts: VecDeque<(Option<u32>, wire::Receipt)>,
     /// Why the upgrade under way fails, in words: said while the worker's last words are still known.
     failing: Option<String>,

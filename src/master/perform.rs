@@ -40,8 +40,8 @@ impl Shell {
                 self.inbox.push_back(Event::Found { worker, found });
             }
             Command::Prove { worker } => {
-                let accepted = self.prove(worker);
-                self.inbox.push_back(Event::Proved { worker, accepted });
+                let verdict = self.prove(worker);
+                self.inbox.push_back(Event::Proved { worker, verdict });
             }
             Command::Listen { listener } => {
                 let result = self.listen(listener);
@@ -109,6 +109,7 @@ impl Shell {
         self.listeners.forget_worker(worker);
         self.taking.retain(|(taker, _), _| *taker != worker);
         self.proofs.remove(&worker);
+        self.exchanges.remove(&worker);
     }
 
     fn has_remains(&self, worker: WorkerId) -> bool {

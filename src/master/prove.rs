@@ -4,13 +4,14 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use reuseportd_core::{ListenerId, WorkerId};
+use reuseportd_core::{ListenerId, Verdict, WorkerId};
 use reuseportd_sys::diag::{Socket as Listed, states};
 use reuseportd_sys::{procfs, socket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Socket, Type};
 
 use super::Shell;
+use super::exchange::{is_asked, request};
 use super::look::dump;
 
 /// A handshake within one machine is over before `connect()` returns; so long it is waited for at most.
@@ -19,8 +20,8 @@ const HANDSHAKE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// A connection made to prove a listener.
 #[derive(Debug)]
 pub(super) struct Proof {
-    /// Held until the worker has accepted it.
-    _connection: Socket,
+    /// Held until the worker has accepted it; an answer comes over it.
+    connection: Socket,
     source: SocketAddr,
     port: u16,
     /// Others may accept from this listener too.
@@ -50,24 +51,35 @@ impl Proof {
 }
 
 impl Shell {
-    /// Connects to each listener of the worker if that has not been done, and says whether all were accepted from.
-    pub(super) fn prove(&mut self, worker: WorkerId) -> bool {
+    /// Connects to the worker if that has not been done, and says how far its proof is.
+    pub(super) fn prove(&mut self, worker: WorkerId) -> Verdict {
+        if self.exchanges.contains_key(&worker) {
+            return Verdict::Waiting;
+        }
         if !self.proofs.contains_key(&worker) {
             match self.connect_to_all(worker) {
                 Ok(proofs) => drop(self.proofs.insert(worker, proofs)),
                 Err(error) => {
                     tracing::warn!(pid = self.pid(worker), %error, "cannot connect to a worker to prove it");
-                    return false;
+                    return Verdict::Waiting;
                 }
             }
         }
         let proofs = self.proofs.get(&worker).map(Vec::as_slice).unwrap_or_default();
         let verdicts: Option<Vec<bool>> =
             proofs.iter().map(|proof| self.is_accepted(worker, proof)).collect();
-        let Some(verdicts) = verdicts else { return false };
-        // If another process was faster, the next look tries again.
-        self.proofs.remove(&worker);
-        verdicts.into_iter().all(|is_its| is_its)
+        let Some(verdicts) = verdicts else { return Verdict::Waiting };
+        let proofs = self.proofs.remove(&worker).unwrap_or_default();
+        if !verdicts.into_iter().all(|is_its| is_its) {
+            // Another process was faster: the next look tries again.
+            return Verdict::Waiting;
+        }
+        let asked = self.launch_of(worker).map(|launch| &launch.config).filter(|config| is_asked(config));
+        let request = asked.map(|config| request(&config.readiness.path, &config.listen));
+        match request.zip(proofs.into_iter().next()) {
+            Some((request, proof)) => self.ask(worker, proof.connection, &request),
+            None => Verdict::Passed,
+        }
     }
 
     /// Whether the worker accepted it (`true`), or another process; `None` as long as it waits.
@@ -93,9 +105,15 @@ impl Shell {
         let of_seat = self.launch_of(worker).zip(seat).into_iter().flat_map(|(launch, seat)| {
             launch.seat_listeners().filter_map(move |(group, _)| self.listeners.of_seat(group, seat))
         });
-        own.chain(of_seat.map(|listener| (listener, true)))
-            .map(|(id, shared)| self.connect_to(id, shared))
-            .collect()
+        let mut all: Vec<(ListenerId, bool)> = own.chain(of_seat.map(|listener| (listener, true))).collect();
+        // Requests go to the first listener of the config: others may speak another protocol.
+        if let Some((first, _)) =
+            self.launch_of(worker).filter(|l| is_asked(&l.config)).and_then(|l| l.listeners().next())
+        {
+            all.retain(|(id, _)| self.listeners.of(*id).is_some_and(|listener| listener.group == first));
+            all.truncate(1);
+        }
+        all.into_iter().map(|(id, shared)| self.connect_to(id, shared)).collect()
     }
 
     fn connect_to(&self, id: ListenerId, is_shared: bool) -> io::Result<Proof> {
@@ -123,7 +141,7 @@ impl Shell {
                 _ => connection.take_error()?.map_or(Ok(()), Err),
             }
         })?;
-        Ok(Proof { _connection: connection, source, port: target.port(), is_shared })
+        Ok(Proof { connection, source, port: target.port(), is_shared })
     }
 }
 

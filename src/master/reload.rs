@@ -127,7 +127,10 @@ pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
         readiness: match config.readiness.method {
             ReadinessMethod::Notify => Readiness::Notify,
             ReadinessMethod::Listen => Readiness::Listen,
+            ReadinessMethod::Http => Readiness::Http,
         },
+        passes: config.readiness.passes,
+        interval: config.readiness.interval,
         ready_timeout: upgrade.ready_timeout,
         settle_timeout: upgrade.settle_timeout.unwrap_or(settle.min(upgrade.drain_timeout)),
         stop_when: match upgrade.stop_when {

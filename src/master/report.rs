@@ -225,7 +225,7 @@ impl Shell {
         }
         let is_ready = |worker: &&reuseportd_core::WorkerView| {
             use reuseportd_core::WorkerState::{Joining, Ready, Serving};
-            worker.state.is_some_and(|state| matches!(state, Ready | Joining | Serving))
+            worker.state.is_some_and(|state| matches!(state, Ready | Joining { unproven: false } | Serving))
         };
         let ready = u32::try_from(generation.workers.iter().filter(is_ready).count()).unwrap_or(u32::MAX);
         let of = u32::try_from(generation.workers.len()).unwrap_or(u32::MAX);

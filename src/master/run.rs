@@ -19,6 +19,8 @@ enum Token {
     End(WorkerId),
     Channel(WorkerId),
     Output(WorkerId),
+    /// The answer to a request that proves the worker.
+    Exchange(WorkerId),
 }
 
 impl Shell {
@@ -87,6 +89,9 @@ impl Shell {
                 watched.push((Token::End(*worker), process.pidfd.as_fd(), PollFlags::IN));
             }
         }
+        for (worker, exchange) in &self.exchanges {
+            watched.push((Token::Exchange(*worker), exchange.fd(), PollFlags::IN));
+        }
         watched.push((Token::Knock, self.clients.listener(), PollFlags::IN));
         for (number, fd, has_unsent) in self.clients.fds() {
             let flags = if has_unsent { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
@@ -107,6 +112,7 @@ impl Shell {
             Token::End(worker) => self.worker_ended(worker),
             Token::Channel(worker) => self.read_channel(worker),
             Token::Output(worker) => self.read_output(worker),
+            Token::Exchange(worker) => self.read_exchange(worker),
         }
     }
 

@@ -82,6 +82,7 @@ fn prepare(
         views: BTreeMap::new(),
         taking: BTreeMap::new(),
         proofs: BTreeMap::new(),
+        exchanges: BTreeMap::new(),
         receipts: VecDeque::new(),
         failing: None,
         spawn_error: None,

@@ -192,7 +192,7 @@ fn worker_state(state: Option<WorkerState>) -> wire::WorkerState {
         Some(WorkerState::Spawning | WorkerState::Starting { .. } | WorkerState::Proving) => {
             wire::WorkerState::Starting
         }
-        Some(WorkerState::Ready | WorkerState::Joining) => wire::WorkerState::Ready,
+        Some(WorkerState::Ready | WorkerState::Joining { .. }) => wire::WorkerState::Ready,
         Some(WorkerState::Serving) => wire::WorkerState::Serving,
         Some(WorkerState::Emptying | WorkerState::Idling { .. } | WorkerState::Stopping { .. }) => {
             wire::WorkerState::Retiring

@@ -111,6 +111,7 @@ impl Shell {
             Problem::NotListening(group) => format!("it does not listen on {}", address(group)),
             Problem::WrongAddress(group) => format!("it listens elsewhere than on {}", address(group)),
             Problem::NoReuseport(group) => format!("its listener on {} lacks SO_REUSEPORT", address(group)),
+            Problem::NotHealthy => "it does not answer the readiness request with 2xx".to_owned(),
             Problem::NotAccepting => "it listens, but accepts no connection".to_owned(),
             Problem::NotPermitted(group) => format!("its listener on {} can't be reached", address(group)),
             Problem::Failed(number) => format!("they could not be looked for: {}", errno(number)),

@@ -138,6 +138,7 @@ fn seen(socket: &diag::Socket, listeners: &[&Listener], facts: &Facts) -> Seen {
             .iter()
             .filter(|_| listener.is_none())
             .filter(|listener| is_more_specific(socket.local.ip(), listener.address.ip()))
+            .filter(|listener| socket.local.ip().to_canonical().is_ipv6() || takes_ipv4(listener, facts))
             .map(|listener| listener.name.clone())
             .collect(),
     }
@@ -179,6 +180,12 @@ fn is_more_specific(ip: IpAddr, than: IpAddr) -> bool {
             (false, true) => false,
             (true, true) | (false, false) => !ip.is_unspecified(),
         }
+}
+
+/// Whether there is IPv4 to be taken from it: not from an IPv6 listener that leaves IPv4 alone.
+fn takes_ipv4(listener: &Listener, facts: &Facts) -> bool {
+    let mut own = facts.sockets.iter().filter(|socket| socket.local == listener.address);
+    listener.address.is_ipv4() || !own.any(|socket| socket.v6only == Some(true))
 }
 
 fn warnings(listeners: &[&Listener], sockets: &[Seen]) -> Vec<String> {

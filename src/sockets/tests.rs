@@ -105,6 +105,16 @@ fn a_more_specific_address_takes_traffic_and_a_less_specific_does_not() {
 }
 
 #[test]
+fn from_a_listener_that_leaves_ipv4_alone_none_is_taken() {
+    let mut only_v6 =
+        facts("[::]:80", Engine::Ebpf, &[("[::]:80", 10), ("0.0.0.0:80", 99), ("[::1]:80", 99)]);
+    only_v6.sockets[0].v6only = Some(true);
+    let takes: Vec<bool> =
+        only_port(&only_v6).sockets.iter().map(|socket| !socket.takes_from.is_empty()).collect();
+    assert_eq!(takes, [false, false, true]);
+}
+
+#[test]
 fn a_dual_stack_socket_of_a_worker_serves_the_ipv4_listener() {
     let port = only_port(&facts("0.0.0.0:80", Engine::Ebpf, &[("[::]:80", 10)]));
     assert_eq!((port.sockets[0].listener.as_deref(), port.warnings.len()), (Some("http"), 0));

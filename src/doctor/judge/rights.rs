@@ -1,7 +1,7 @@
 //! What this process may do, against what the engine and the workers need.
 
-use crate::config::EngineChoice;
-use crate::doctor::facts::{Facts, Rights};
+use crate::config::{Bind, EngineChoice};
+use crate::doctor::facts::{Facts, Port, Rights};
 use crate::doctor::finding::{Finding, Level};
 use crate::doctor::trials::Trial;
 
@@ -54,12 +54,14 @@ fn sys_ptrace(facts: &Facts) -> Finding {
     if facts.rights.sys_ptrace {
         return Finding::ok(CHECK, "CAP_SYS_PTRACE: listeners of any worker can be reached");
     }
+    let needs = &facts.needs;
+    let level = if needs.other_user && needs.reaches_for_listeners() { Level::Warning } else { Level::Note };
     Finding::bad(
-        Level::Note,
+        level,
         CHECK,
         "CAP_SYS_PTRACE is missing",
         "unmodified workers that run as another user, have more capabilities than the master, or whose executable it \
-         can't read: their listeners can't be reached. Handover workers need nothing",
+         can't read: their listeners can't be reached. Handover workers and bind = \"master\" need nothing",
         setcap(facts, CHECK),
     )
 }
@@ -67,9 +69,10 @@ fn sys_ptrace(facts: &Facts) -> Finding {
 /// Unmodified workers stand and fall with this.
 fn getfd(facts: &Facts) -> Finding {
     const CHECK: &str = "pidfd_getfd";
-    const LOST: &str =
-        "unmodified workers: the master can't reach their listeners. Handover workers need nothing";
+    const LOST: &str = "unmodified workers: the master can't reach their listeners. Handover workers and \
+                        bind = \"master\" need nothing";
     let scope = facts.settings.ptrace_scope;
+    let level = if facts.needs.reaches_for_listeners() { Level::Problem } else { Level::Note };
     match (&facts.rights.getfd, scope) {
         (Trial::Passed, None | Some(0 | 1)) => {
             Finding::ok(CHECK, "a descriptor of an own child was fetched, as from an unmodified worker")
@@ -79,21 +82,21 @@ fn getfd(facts: &Facts) -> Finding {
             format!("a descriptor of an own child was fetched, although kernel.yama.ptrace_scope = {scope}"),
         ),
         (Trial::Failed(why), Some(2)) => Finding::bad(
-            Level::Problem,
+            level,
             CHECK,
             format!("a descriptor of an own child can't be fetched ({why}): kernel.yama.ptrace_scope = 2"),
             LOST,
             "sysctl -w kernel.yama.ptrace_scope=1   # or give reuseportd CAP_SYS_PTRACE",
         ),
         (Trial::Failed(why), Some(3..)) => Finding::bad(
-            Level::Problem,
+            level,
             CHECK,
             format!("a descriptor of an own child can't be fetched ({why}): kernel.yama.ptrace_scope = 3"),
             LOST,
             "set kernel.yama.ptrace_scope to 1 in /etc/sysctl.d and boot: 3 can't be undone at run time",
         ),
         (Trial::Failed(why), _) => Finding::bad(
-            Level::Problem,
+            level,
             CHECK,
             format!("a descriptor of an own child can't be fetched ({why})"),
             LOST,
@@ -120,25 +123,35 @@ fn net_admin(facts: &Facts) -> Finding {
 }
 
 /// The lowest configured port an ordinary process may not bind.
-fn low_port(facts: &Facts) -> Option<u16> {
+fn low_port(facts: &Facts) -> Option<Port> {
     let first_free = facts.settings.first_free_port?;
-    let ports = facts.needs.listen.iter().map(|(address, _)| address.port());
-    ports.filter(|port| u64::from(*port) < first_free).min()
+    let low = |port: &&Port| u64::from(port.address.port()) < first_free;
+    facts.needs.listen.iter().filter(low).min_by_key(|port| port.address.port()).copied()
 }
 
 fn low_ports(facts: &Facts) -> Option<Finding> {
     const CHECK: &str = "cap_net_bind_service";
-    let port = low_port(facts)?;
-    if facts.rights.net_bind_service {
-        return Some(Finding::ok(CHECK, format!("CAP_NET_BIND_SERVICE: port {port} may be bound")));
+    let Port { address, bind, .. } = low_port(facts)?;
+    let port = address.port();
+    if !facts.rights.net_bind_service {
+        return Some(Finding::bad(
+            Level::Problem,
+            CHECK,
+            format!("CAP_NET_BIND_SERVICE is missing, and port {port} is configured"),
+            "the service: nobody can bind that port",
+            format!("sysctl -w net.ipv4.ip_unprivileged_port_start={port}"),
+        ));
     }
-    Some(Finding::bad(
-        Level::Problem,
-        CHECK,
-        format!("CAP_NET_BIND_SERVICE is missing, and port {port} is configured"),
-        "the service: no worker can bind that port",
-        format!("sysctl -w net.ipv4.ip_unprivileged_port_start={port}"),
-    ))
+    if bind == Bind::Worker && facts.needs.other_user && !facts.needs.user_binds_low_ports {
+        return Some(Finding::bad(
+            Level::Problem,
+            CHECK,
+            format!("workers run as app.user without CAP_NET_BIND_SERVICE, and bind port {port}"),
+            "the service: no worker can bind that port",
+            "app.capabilities = [\"CAP_NET_BIND_SERVICE\"] in the config",
+        ));
+    }
+    Some(Finding::ok(CHECK, format!("CAP_NET_BIND_SERVICE: port {port} may be bound")))
 }
 
 /// The engine does not need it; whoever leaves it open should know.

@@ -18,7 +18,7 @@ pub(super) fn all(facts: &Facts) -> Vec<Finding> {
 }
 
 fn largest_backlog(facts: &Facts) -> u64 {
-    facts.needs.listen.iter().map(|(_, backlog)| u64::from(*backlog)).max().unwrap_or(0)
+    facts.needs.listen.iter().map(|port| u64::from(port.backlog)).max().unwrap_or(0)
 }
 
 fn unseen(name: &'static str) -> Finding {

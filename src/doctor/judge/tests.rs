@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use reuseportd_core::Engine;
 
 use super::all;
-use crate::config::EngineChoice;
-use crate::doctor::facts::{Facts, Needs, Rights, Settings};
+use crate::config::{Bind, EngineChoice};
+use crate::doctor::facts::{Facts, Needs, Port, Rights, Settings};
 use crate::doctor::finding::{Finding, Level};
 use crate::doctor::trials::{Obstacle, Orphan, Trial, Trials};
 use crate::doctor::verdict::guarantees;
@@ -18,7 +18,9 @@ fn well() -> Facts {
             config: None,
             engine: EngineChoice::Auto,
             workers: 4,
-            listen: vec![(address(8080), 4096), (address(8443), 1024)],
+            other_user: false,
+            user_binds_low_ports: false,
+            listen: vec![port(8080, 4096), port(8443, 1024)],
         },
         kernel: "6.18.44-amd64".to_owned(),
         engine: Ok((Engine::Ebpf, "auto".to_owned())),
@@ -54,8 +56,8 @@ fn well() -> Facts {
     }
 }
 
-fn address(port: u16) -> SocketAddr {
-    SocketAddr::from(([0, 0, 0, 0], port))
+fn port(port: u16, backlog: u32) -> Port {
+    Port { address: SocketAddr::from(([0, 0, 0, 0], port)), backlog, bind: Bind::Worker }
 }
 
 fn cbpf(facts: &mut Facts) {
@@ -130,12 +132,23 @@ fn rights() {
     assert_eq!(after(|facts| facts.rights.net_admin = false), [("cap_net_admin", Level::Note)]);
     let low = |may| {
         after(move |facts| {
-            facts.needs.listen[0].0 = address(80);
+            facts.needs.listen[0] = port(80, 128);
             facts.rights.net_bind_service = may;
         })
     };
     assert_eq!(low(false), [("cap_net_bind_service", Level::Problem)]);
     assert_eq!(low(true), []);
+    let as_user = |bind, keeps| {
+        after(move |facts| {
+            facts.needs.listen[0] = Port { bind, ..port(80, 128) };
+            (facts.needs.other_user, facts.needs.user_binds_low_ports) = (true, keeps);
+        })
+    };
+    assert_eq!(as_user(Bind::Worker, false), [("cap_net_bind_service", Level::Problem)]);
+    assert_eq!(as_user(Bind::Worker, true), []);
+    assert_eq!(as_user(Bind::Master, false), []);
+    let other_user = after(|facts| (facts.rights.sys_ptrace, facts.needs.other_user) = (false, true));
+    assert_eq!(other_user, [("cap_sys_ptrace", Level::Warning)]);
     let open = after(|facts| facts.settings.unprivileged_bpf_disabled = Some(0));
     assert_eq!(open, [("kernel.unprivileged_bpf_disabled", Level::Note)]);
 }
@@ -152,6 +165,11 @@ fn reaching_unmodified_workers() {
         assert!(bad[0].remedy.as_ref().unwrap().contains(remedy), "{scope:?}: {:?}", bad[0].remedy);
         assert_eq!(guarantees(&facts)[1].upgrade, "can't be run here");
     }
+    let by_master = after(|facts| {
+        facts.rights.getfd = Trial::Failed("EPERM".to_owned());
+        facts.needs.listen.iter_mut().for_each(|port| port.bind = Bind::Master);
+    });
+    assert_eq!(by_master, [("pidfd_getfd", Level::Note)]);
     let untested = after(|facts| facts.rights.getfd = Trial::Untested(obstacle()));
     assert_eq!(untested, [("pidfd_getfd", Level::Warning)]);
 }
@@ -231,7 +249,7 @@ fn the_engine() {
 fn one_setcap_gives_all_that_is_lacking() {
     let mut facts = well();
     (facts.rights.bpf, facts.rights.sys_ptrace, facts.rights.net_bind_service) = (false, false, false);
-    facts.needs.listen[0].0 = address(443);
+    facts.needs.listen[0] = port(443, 128);
     let findings = all(&facts);
     let bpf = findings.iter().find(|finding| finding.check == "cap_bpf").unwrap();
     let command = "setcap cap_bpf,cap_net_bind_service,cap_sys_ptrace+ep /usr/bin/reuseportd ";
@@ -244,7 +262,8 @@ fn guarantees_follow_engine_and_kernel() {
         let mut facts = well();
         change(&mut facts);
         let all = guarantees(&facts);
-        let [handover, unmodified] = &all[..] else { panic!("{all:?}") };
+        let [handover, unmodified, by_master] = &all[..] else { panic!("{all:?}") };
+        assert_eq!((by_master.upgrade, by_master.worker_killed), (handover.upgrade, handover.worker_killed));
         assert_eq!((handover.workers, unmodified.workers), ("handover", "unmodified"));
         (unmodified.upgrade, handover.worker_killed, unmodified.worker_killed)
     };
