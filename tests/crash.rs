@@ -10,7 +10,7 @@ use crate::support::app::App;
 use crate::support::load::{Load, spec};
 use crate::support::master::Master;
 use crate::support::process::kill;
-use crate::support::world::{Need, World, world};
+use crate::support::world::{Need, World, needs_of, world};
 use crate::support::{PATIENCE, rounds};
 
 /// Three quarters of what four workers can take, in bursts: about 20 wait in each queue. A worker answers in its accept
@@ -56,7 +56,7 @@ pub(crate) fn kill_the_fullest(master: &Master, load: &Load, kills: u32) -> u32 
 }
 
 fn kills_cost_what_the_killed_held(engine: &'static str, mode: &str) {
-    world(&[Need::Root, Need::Bpf], |world| {
+    world(needs_of(engine), |world| {
         let master = Master::start(world, &one_at_a_time(world, mode, engine));
         let load = Load::start(queues_of_twenty(world));
         let kills = rounds(6, 20);

@@ -7,7 +7,7 @@ use reuseportd_wire::status::{Outcome, Phase};
 use crate::support::app::{App, test_worker};
 use crate::support::load::{Load, slow_accepts};
 use crate::support::master::Master;
-use crate::support::world::{Need, World, world};
+use crate::support::world::{World, needs_of, world};
 
 /// One way to fail: how the config changes, the outcome, and what the reason has to name.
 struct Failure {
@@ -69,7 +69,7 @@ const FAILURES: &[Failure] = &[
         sort: "listens elsewhere",
         change: |_, app| replaced(app, "plain", "--fail wrong-address"),
         outcome: Outcome::RolledBack,
-        names: &["seat", "127.0.0.1:8080"],
+        names: &["seat", "127.0.0.1:"],
     },
     Failure {
         sort: "without SO_REUSEPORT",
@@ -80,7 +80,7 @@ const FAILURES: &[Failure] = &[
 ];
 
 fn failures_lose_nothing(engine: &'static str, mode: &str) {
-    world(&[Need::Root, Need::Bpf], |world| {
+    world(needs_of(engine), |world| {
         let options = format!("--mode {mode} --accept-delay 5");
         let app = App::test_worker(world, &options).engine(engine).upgrade("ready_timeout = \"1s\"");
         let master = Master::start(world, &app);

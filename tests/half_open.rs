@@ -9,12 +9,12 @@ use socket2::{Domain, Socket, Type};
 use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;
-use crate::support::world::{Need, World, tool, world};
+use crate::support::world::{Need, World, needs_of, tool, world};
 use crate::support::{PATIENCE, rounds};
 
 /// 200 clients that finish their handshake, in the kernel's eyes, with their first word: after 0.2 to 0.6 s.
 fn silent_clients_lose_nothing(engine: &'static str, mode: &str) {
-    world(&[Need::Root, Need::Bpf], |world| {
+    world(needs_of(engine), |world| {
         let load = || spec(world).half_open(200).rate(50.0);
         let master = Master::start(world, &deferring(world, mode, engine));
         let running = Load::start(load());
@@ -144,7 +144,7 @@ fn held_handshakes_unmodified_cbpf() {
 
 /// Fewer listeners after the upgrade than before: whatever went by numbers or hashes goes astray here.
 fn worker_counts_change(engine: &'static str, mode: &str) {
-    world(&[Need::Root, Need::Bpf], |world| {
+    world(needs_of(engine), |world| {
         // One worker takes 200 a second, and in the end there is but one.
         let load = || spec(world).rate(50.0).burst(30, Duration::from_millis(300)).slow(10);
         let app = |mode: &str| App::test_worker(world, &format!("--mode {mode} --accept-delay 5"));

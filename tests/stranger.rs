@@ -8,7 +8,7 @@ use socket2::{Domain, Socket, Type};
 use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts};
 use crate::support::master::Master;
-use crate::support::world::{Need, World, world};
+use crate::support::world::{World, needs_of, world};
 
 /// A listener on the service's address that nobody ever accepts from.
 fn stranger(world: &World) -> TcpListener {
@@ -22,7 +22,7 @@ fn stranger(world: &World) -> TcpListener {
 }
 
 fn a_stranger_gets_nothing(engine: &'static str, mode: &str) {
-    world(&[Need::Root, Need::Bpf], |world| {
+    world(needs_of(engine), |world| {
         let app = App::test_worker(world, &format!("--mode {mode} --accept-delay 5")).engine(engine);
         let master = Master::start(world, &app);
         let stranger = stranger(world);

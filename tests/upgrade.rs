@@ -6,7 +6,7 @@ use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;
 use crate::support::rounds;
-use crate::support::world::{Need, World, world};
+use crate::support::world::{World, needs_of, world};
 use reuseportd_bench::Spec;
 
 /// Upgrades under a load by `kind` workers, and the same load on the naive control, which must lose.
@@ -16,7 +16,7 @@ fn upgrades_lose_nothing(
     load: impl Fn(&World) -> Spec + Sync,
     accept_delay: u32,
 ) {
-    world(&[Need::Root, Need::Bpf], |world| {
+    world(needs_of(engine), |world| {
         let app =
             App::test_worker(world, &format!("--mode {mode} --accept-delay {accept_delay}")).engine(engine);
         let master = Master::start(world, &app);

@@ -9,6 +9,8 @@ use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
 use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan, Probe};
 use reuseportd_sys::{capability, cbpf};
 
+use reuseportd_wire::status as wire;
+
 use crate::config::{Bind, EngineChoice, Listen};
 
 /// The engine in force, and why it is this one.
@@ -22,6 +24,15 @@ pub(crate) struct Choice {
 #[derive(Debug, thiserror::Error)]
 #[error("steering.engine = \"ebpf\" can't be used here: {0}; give the master CAP_BPF, or set \"auto\"")]
 pub(crate) struct EngineError(String);
+
+/// The engine, in the words of status and log.
+pub(super) fn engine_word(engine: Engine) -> wire::Engine {
+    match engine {
+        Engine::Ebpf => wire::Engine::Ebpf,
+        Engine::Cbpf => wire::Engine::Cbpf,
+        Engine::None => wire::Engine::None,
+    }
+}
 
 /// Decides once, at start, how connections are steered.
 pub(crate) fn choose(wanted: EngineChoice) -> Result<Choice, EngineError> {

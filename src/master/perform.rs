@@ -121,7 +121,7 @@ impl Shell {
     pub(super) fn worker_ended(&mut self, worker: WorkerId) {
         let Some(process) = self.processes.get_mut(&worker) else { return };
         match pidfd::peek_exit(process.pidfd.as_fd()) {
-            Ok(None) => return,
+            Ok(None) => {}
             Ok(Some(how)) => {
                 process.is_ended = true;
                 let how = match how {

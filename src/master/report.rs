@@ -8,67 +8,24 @@ use super::{Shell, words};
 impl Shell {
     pub(super) fn log_report(&mut self, report: &Report) {
         match report {
-            Report::Launching(generation, trigger) => {
-                tracing::info!(event = "launching", generation = generation.0, trigger = %words::trigger(*trigger), "launching generation {}", generation.0);
-            }
-            Report::Queued(generation) => {
-                let text = "waits until an old generation has finished draining (upgrade.max_draining)";
-                tracing::info!(
-                    event = "queued",
-                    generation = generation.0,
-                    "generation {} {text}",
-                    generation.0
-                );
-                self.say_state(wire::Phase::Launching, &format!("generation {} {text}", generation.0), None);
-            }
-            Report::Superseded(trigger) => {
-                tracing::info!(event = "superseded", trigger = %words::trigger(*trigger), "a waiting upgrade is replaced by a later one");
-            }
+            Report::Launching(..)
+            | Report::Queued(_)
+            | Report::Superseded(_)
+            | Report::Failing(..)
+            | Report::Switched(_)
+            | Report::Drained(_) => self.log_upgrade(report),
             Report::Entered(generation, phase) => self.entered(*generation, *phase),
-            Report::Failing(generation, _) => {
-                let reason = self.failing.clone().unwrap_or_default();
-                tracing::error!(
-                    event = "failing",
-                    generation = generation.0,
-                    reason,
-                    "generation {} can't be launched: {reason}",
-                    generation.0
-                );
-            }
-            Report::Switched(generation) => {
-                tracing::info!(
-                    event = "switched",
-                    generation = generation.0,
-                    "new connections go to generation {}",
-                    generation.0
-                );
-            }
             Report::Ended(receipt) => self.ended(receipt),
-            Report::Drained(generation) => {
-                tracing::info!(
-                    event = "drained",
-                    generation = generation.0,
-                    "generation {} is gone",
-                    generation.0
-                );
-            }
             Report::WorkerReady(worker) => self.worker_ready(*worker),
             Report::WorkerExited { .. }
             | Report::Respawning(..)
             | Report::Replaced(..)
-            | Report::Killed(..) => {
-                self.log_worker(report);
-            }
+            | Report::Killed(..) => self.log_worker(report),
             Report::BreakerOpened(pause) => {
-                self.state_reason =
-                    Some(format!("too many worker exits: no respawns for {pause:?} (restart.breaker)"));
-                tracing::error!(
-                    event = "breaker_opened",
-                    ?pause,
-                    "too many worker exits: no respawns for {pause:?}"
-                );
-                self.upstream
-                    .status(&format!("degraded: {}", self.state_reason.as_deref().unwrap_or_default()));
+                let reason = format!("too many worker exits: no respawns for {pause:?} (restart.breaker)");
+                tracing::error!(event = "breaker_opened", ?pause, "{reason}");
+                self.upstream.status(&format!("degraded: {reason}"));
+                self.state_reason = Some(reason);
             }
             Report::BreakerClosed => {
                 self.state_reason = None;
@@ -81,8 +38,42 @@ impl Shell {
             | Report::SteerFailed(..)
             | Report::ListenerLost(_) => self.log_listener(report),
             Report::Bug(what) => {
-                tracing::error!(event = "bug", what, "this should not have happened; please report it")
+                tracing::error!(event = "bug", what, "this should not have happened; please report it");
             }
+        }
+    }
+
+    fn log_upgrade(&mut self, report: &Report) {
+        match report {
+            Report::Launching(Generation(generation), trigger) => {
+                let trigger = words::trigger(*trigger);
+                tracing::info!(event = "launching", generation, %trigger, "launching generation {generation}");
+            }
+            Report::Queued(Generation(generation)) => {
+                let text = "waits until an old generation has finished draining (upgrade.max_draining)";
+                tracing::info!(event = "queued", generation, "generation {generation} {text}");
+                self.say_state(wire::Phase::Launching, &format!("generation {generation} {text}"), None);
+            }
+            Report::Superseded(trigger) => {
+                let trigger = words::trigger(*trigger);
+                tracing::info!(event = "superseded", %trigger, "a waiting upgrade is replaced by a later one");
+            }
+            Report::Failing(Generation(generation), _) => {
+                let reason = self.failing.clone().unwrap_or_default();
+                let text = format!("generation {generation} can't be launched: {reason}");
+                tracing::error!(event = "failing", generation, reason, "{text}");
+            }
+            Report::Switched(Generation(generation)) => {
+                tracing::info!(
+                    event = "switched",
+                    generation,
+                    "new connections go to generation {generation}"
+                );
+            }
+            Report::Drained(Generation(generation)) => {
+                tracing::info!(event = "drained", generation, "generation {generation} is gone");
+            }
+            _ => {}
         }
     }
 
@@ -242,14 +233,17 @@ impl Shell {
         };
         let (outcome, reason) = (shown.outcome, shown.reason.clone());
         let (from, to, ms) = (shown.from, shown.to, shown.duration_ms);
-        let is_final = receipt.is_final;
         let json = serde_json::to_string(shown).unwrap_or_default();
         match &reason {
+            // The outcome is known since the listeners left; this is the end of the old workers.
+            _ if receipt.is_final && receipt.phases.iter().any(|time| time.phase == Phase::Draining) => {
+                tracing::info!(event = "receipt_final", from, to, receipt = json, "the receipt is final");
+            }
             Some(reason) => {
-                tracing::error!(event = "upgrade_ended", %outcome, from, to, reason, receipt = json, "upgrade {outcome}: {reason}")
+                tracing::error!(event = "upgrade_ended", %outcome, from, to, reason, receipt = json, "upgrade {outcome}: {reason}");
             }
             None => {
-                tracing::info!(event = "upgrade_ended", %outcome, from, to, ms, is_final, receipt = json, "upgrade {outcome}")
+                tracing::info!(event = "upgrade_ended", %outcome, from, to, ms, receipt = json, "upgrade {outcome}");
             }
         }
         let text = match (reason, to) {

@@ -60,9 +60,9 @@ fn prepare(
         app = config.app.name,
         version = env!("CARGO_PKG_VERSION"),
         kernel = capability::kernel_release(),
-        engine = ?choice.engine,
+        engine = %groups::engine_word(choice.engine),
         reason = choice.reason,
-        "starting {} with engine {:?} ({})", config.app.name, choice.engine, choice.reason
+        "starting {} with engine {} ({})", config.app.name, groups::engine_word(choice.engine), choice.reason
     );
     let engine = choice.engine;
     let mut groups = Groups::new(choice);

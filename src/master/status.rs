@@ -5,12 +5,12 @@ use std::io::Read;
 use std::os::fd::AsFd;
 
 use reuseportd_core::{
-    Engine, Generation, GenerationState, GenerationView, ListenerView, MasterState, WorkerId, WorkerState,
-    WorkerView,
+    Generation, GenerationState, GenerationView, ListenerView, MasterState, WorkerId, WorkerState, WorkerView,
 };
 use reuseportd_wire::status as wire;
 use sha2::{Digest, Sha256};
 
+use super::groups::engine_word;
 use super::{Shell, clock};
 use crate::config::Bind;
 
@@ -121,11 +121,7 @@ impl Shell {
 
     fn listener_status(&self) -> Vec<wire::ListenerStatus> {
         let choice = &self.groups.choice;
-        let engine = match choice.engine {
-            Engine::Ebpf => wire::Engine::Ebpf,
-            Engine::Cbpf => wire::Engine::Cbpf,
-            Engine::None => wire::Engine::None,
-        };
+        let engine = engine_word(choice.engine);
         self.groups
             .iter()
             .map(|(id, group)| wire::ListenerStatus {

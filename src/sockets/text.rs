@@ -55,25 +55,32 @@ fn row(socket: &Seen) -> Vec<Cell> {
         (Relation::Unknown, ..) => ("?".to_owned(), Tone::Notable),
     };
     let new = match socket.steered {
-        Some(true) => "yes",
-        Some(false) => "no",
-        None => "?",
+        Some(true) => Cell::text("yes"),
+        Some(false) => Cell::text("no"),
+        None if !socket.takes_from.is_empty() => Cell::text("takes").tone(Tone::Bad),
+        None => Cell::text("?"),
     };
     let owners = socket.owners.as_ref().map_or_else(
         || "?".to_owned(),
         |owners| {
-            let each = owners.iter().map(|owner| format!("{} {}", owner.pid, owner.command));
+            let each = owners.iter().map(|owner| format!("{} {}", owner.pid, short(&owner.command)));
             each.collect::<Vec<_>>().join(", ")
         },
     );
     vec![
         Cell::text(&socket.address.to_string()),
         Cell::text(&whose).tone(tone),
-        Cell::text(new),
+        new,
         Cell::number(Some(format!("{}/{}", socket.accept_queue, socket.backlog))),
         Cell::number(socket.drops),
         Cell::number(Some(socket.uid)),
         Cell::number(Some(socket.inode)),
         Cell::text(&owners),
     ]
+}
+
+/// A command line without the directories of its program.
+fn short(command: &str) -> &str {
+    let program = command.split(' ').next().unwrap_or_default();
+    command.get(program.rfind('/').map_or(0, |slash| slash + 1)..).unwrap_or(command)
 }

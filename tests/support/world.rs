@@ -41,6 +41,11 @@ pub(crate) struct World {
     pub(crate) address: SocketAddr,
 }
 
+/// What an engine can't do without.
+pub(crate) fn needs_of(engine: &str) -> &'static [Need] {
+    if engine == "ebpf" { &[Need::Bpf] } else { &[] }
+}
+
 /// Runs a test in a world of its own, or says on stderr why it is skipped.
 pub(crate) fn world(needs: &[Need], body: impl FnOnce(&World) + Send) {
     if let Some(reason) = needs.iter().find_map(|need| need.missing()) {
