@@ -6,12 +6,16 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::env;
 use std::error::Error;
+use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, Scope};
 use std::time::Duration;
 
@@ -20,6 +24,7 @@ use nix::libc;
 use reuseportd_wire::env as variables;
 use reuseportd_worker::{Bound, Listen, Worker};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Socket, Type};
 
 /// Connections that may wait at a listener this program listens on itself.
@@ -55,12 +60,24 @@ struct Options {
     /// A line for standard error; may be repeated.
     #[arg(long, value_name = "TEXT")]
     print: Vec<String>,
-    /// Accept loops, each with a listener of its own (plain, naive).
+    /// Accept loops, each with a listener of its own (plain, naive) or sharing one that was passed (activated).
     #[arg(long, default_value_t = 1)]
     threads: usize,
-    /// Say nothing to NOTIFY_SOCKET (plain, naive).
+    /// Say nothing to NOTIFY_SOCKET (plain, naive, activated).
     #[arg(long)]
     no_notify: bool,
+    /// IPV6_V6ONLY on what it binds to an IPv6 address.
+    #[arg(long)]
+    v6only: bool,
+    /// Bind [::] where 0.0.0.0 is asked for.
+    #[arg(long)]
+    dual_stack: bool,
+    /// Statuses of the answers to `GET /healthz`, one after the other, and the last of them from then on.
+    #[arg(long, value_delimiter = ',', default_value = "200")]
+    health: Vec<u16>,
+    /// Append a line to this file for every connection accepted, and one for every request.
+    #[arg(long, value_name = "PATH")]
+    log: Option<PathBuf>,
     /// Addresses, when REUSEPORTD_LISTEN is not set.
     #[arg(long, default_value = "default=tcp:127.0.0.1:8084")]
     listen: String,
@@ -72,6 +89,8 @@ enum Mode {
     Sdk,
     /// Listens itself; on SIGTERM it closes its listeners without draining them and finishes what it has accepted.
     Plain,
+    /// Takes the sockets it is passed (LISTEN_FDS), listens itself on the others; SIGTERM as for plain.
+    Activated,
     /// Listens itself; SIGTERM ends it at once.
     Naive,
 }
@@ -112,7 +131,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     match options.mode {
         Mode::Sdk => speak_the_protocol(&options),
-        Mode::Plain => {
+        Mode::Plain | Mode::Activated => {
             let (stopped, stop) = io::pipe()?;
             signal_hook::low_level::pipe::register(libc::SIGTERM, OwnedFd::from(stop))?;
             listen_myself(&options, Some(&stopped.into()))
@@ -139,16 +158,26 @@ fn speak_the_protocol(options: &Options) -> Result<(), Box<dyn Error>> {
 
 fn listen_myself(options: &Options, stopped: Option<&OwnedFd>) -> Result<(), Box<dyn Error>> {
     let text = env::var(variables::LISTEN).unwrap_or_else(|_| options.listen.clone());
+    let passed = if options.mode == Mode::Activated { passed()? } else { BTreeMap::new() };
     let mut sockets = Vec::new();
     for listen in variables::parse_listen(&text)? {
         for _ in 0..options.threads {
-            sockets.push(bind(options, &listen)?);
+            sockets.push(match passed.get(&listen.name) {
+                Some(socket) => socket.try_clone()?,
+                None => bind(options, &listen)?,
+            });
         }
     }
+    drop(passed);
     if options.fail == Some(Fail::NeverReady) {
         never();
     }
-    sockets.iter().try_for_each(|socket| socket.listen(BACKLOG))?;
+    for socket in &sockets {
+        // What was passed listens already, with the backlog of the one who made it.
+        if !socket.is_listener()? {
+            socket.listen(BACKLOG)?;
+        }
+    }
     if options.fail == Some(Fail::ExitAfterListen) {
         process::exit(options.code);
     }
@@ -166,6 +195,19 @@ fn listen_myself(options: &Options, stopped: Option<&OwnedFd>) -> Result<(), Box
     Ok(())
 }
 
+/// The passed sockets by name. Their numbers own nothing: each is taken as if from another process, and then closed.
+fn passed() -> io::Result<BTreeMap<String, Socket>> {
+    let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+    let take = |(number, name)| {
+        let socket = Socket::from(pidfd_getfd(&own, number, PidfdGetfdFlags::empty())?);
+        nix::unistd::close(number)?;
+        // Others accept from it too: who is late must not wait for the next connection.
+        socket.set_nonblocking(true)?;
+        Ok((name, socket))
+    };
+    sd_notify::listen_fds_with_names()?.map(take).collect()
+}
+
 /// Returns, and so closes the listener with whatever waits in its queue, when `stopped` can be read.
 fn accept_until<'scope>(
     options: &Options,
@@ -180,28 +222,59 @@ fn accept_until<'scope>(
         if fds.get(1).is_some_and(|stopped| !stopped.revents().is_empty()) {
             return Ok(());
         }
-        let (stream, _) = listener.accept()?;
-        serve(options, stream, connections);
+        match listener.accept() {
+            Ok((stream, _)) => serve(options, stream, connections),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
-fn serve<'scope>(options: &Options, stream: TcpStream, connections: &'scope Scope<'scope, '_>) {
+fn serve<'scope>(
+    options: &'scope Options,
+    stream: TcpStream,
+    connections: &'scope Scope<'scope, '_>,
+) {
+    note(options, &stream, "accepted");
     work(options.accept_delay);
     if options.inline {
-        answer(stream);
+        answer(options, stream);
     } else {
-        connections.spawn(|| answer(stream));
+        connections.spawn(|| answer(options, stream));
     }
+}
+
+/// Logs what became of a connection.
+fn note(options: &Options, stream: &TcpStream, what: &str) {
+    let Some(path) = &options.log else { return };
+    let peer = stream.peer_addr().map_or_else(|_| "gone".to_owned(), |peer| peer.to_string());
+    let line = format!("{} peer={peer} {what}\n", who());
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
+        eprintln!("{}: {error}", path.display());
+    }
+}
+
+fn who() -> String {
+    let variable = |name: &str| env::var(name).unwrap_or_else(|_| "none".to_owned());
+    let (generation, seat) = (variable(variables::GENERATION), variable(variables::SEAT));
+    format!("generation={generation} seat={seat} pid={}", process::id())
 }
 
 fn bind(options: &Options, listen: &Listen) -> io::Result<Socket> {
     let address = match options.fail {
         Some(Fail::WrongAddress) => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        _ if options.dual_stack && listen.address.ip() == Ipv4Addr::UNSPECIFIED => {
+            SocketAddr::from((Ipv6Addr::UNSPECIFIED, listen.address.port()))
+        }
         _ => listen.address,
     };
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(options.fail != Some(Fail::NoReuseport))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(options.v6only)?;
+    }
     if options.defer_accept {
         nix::sys::socket::setsockopt(&socket, DeferAccept, &DEFER_ACCEPT_S)?;
     }
@@ -210,27 +283,34 @@ fn bind(options: &Options, listen: &Listen) -> io::Result<Socket> {
 }
 
 /// A client that comes and goes, or breaks off, is no error of this program.
-fn answer(stream: TcpStream) {
-    let _ = try_answer(stream);
+fn answer(options: &Options, stream: TcpStream) {
+    let _ = try_answer(options, stream);
 }
 
-fn try_answer(stream: TcpStream) -> io::Result<()> {
+fn try_answer(options: &Options, stream: TcpStream) -> io::Result<()> {
     let mut request = BufReader::new(&stream);
     let mut line = String::new();
     if request.read_line(&mut line)? == 0 {
         return Ok(());
     }
+    note(options, &stream, line.trim_end());
     let is_http = line.contains(" HTTP/");
+    let status = if line.starts_with("GET /healthz") { health(options) } else { 200 };
     while is_http && !line.trim_end().is_empty() {
         line.clear();
         request.read_line(&mut line)?;
     }
-    let variable = |name: &str| env::var(name).unwrap_or_else(|_| "none".to_owned());
-    let (generation, seat) = (variable(variables::GENERATION), variable(variables::SEAT));
-    let body = format!("generation={generation} seat={seat} pid={}\n", process::id());
+    let body = who() + "\n";
     let length = body.len();
-    let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+    let head = format!("HTTP/1.0 {status} So\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
     (&stream).write_all((head + &body).as_bytes())
+}
+
+/// The status of the next answer about this worker's health.
+fn health(options: &Options) -> u16 {
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    let turn = ASKED.fetch_add(1, Ordering::Relaxed);
+    options.health.get(turn).or(options.health.last()).copied().unwrap_or(200)
 }
 
 /// The simulated work of initialising or of accepting.

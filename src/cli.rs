@@ -35,6 +35,7 @@ Exit codes: 0 completed; 1 rolled back or refused; 2 wrong usage or invalid conf
 
 const DOCTOR_HELP: &str = "\
 Works without --config too, then for default settings. Self-tests use sockets of their own on loopback.
+Rights and network are those of the caller: run it as the service runs (as its user, in its unit or container).
 
 Exit codes: 0 the promise can be kept (notes and warnings included); 1 it can't; 2 wrong usage or invalid config.";
 

@@ -14,6 +14,9 @@ pub(crate) struct App {
     pub(crate) engine: &'static str,
     pub(crate) readiness: &'static str,
     pub(crate) listen: Vec<(String, SocketAddr)>,
+    /// Lines of the `[[listen]]` with this name, or of all.
+    pub(crate) listen_lines: Vec<(Option<&'static str>, &'static str)>,
+    pub(crate) probe: Vec<String>,
     pub(crate) app: Vec<String>,
     pub(crate) upgrade: Vec<String>,
     pub(crate) restart: Vec<String>,
@@ -33,6 +36,8 @@ impl App {
             engine: "auto",
             readiness: "notify",
             listen: vec![("default".into(), world.address)],
+            listen_lines: Vec::new(),
+            probe: Vec::new(),
             app: Vec::new(),
             upgrade: Vec::new(),
             restart: Vec::new(),
@@ -43,9 +48,16 @@ impl App {
         }
     }
 
-    /// The difficult worker with these options.
+    /// The difficult worker with these options; in mode `activated` with all its sockets made by the master.
     pub(crate) fn test_worker(world: &World, options: &str) -> App {
-        App::new(world, test_worker(options))
+        let app = App::new(world, test_worker(options));
+        if options.contains("--mode activated") { app.bind_master() } else { app }
+    }
+
+    /// The master makes the sockets.
+    pub(crate) fn bind_master(mut self) -> App {
+        self.listen_lines.push((None, "bind = \"master\""));
+        self
     }
 
     pub(crate) fn workers(mut self, workers: u32) -> App {
@@ -60,6 +72,12 @@ impl App {
 
     pub(crate) fn readiness(mut self, method: &'static str) -> App {
         self.readiness = method;
+        self
+    }
+
+    /// A line of `[readiness]`.
+    pub(crate) fn probe(mut self, line: impl Into<String>) -> App {
+        self.probe.push(line.into());
         self
     }
 
@@ -103,10 +121,13 @@ impl App {
         ];
         table("[app]", own.into_iter().chain(self.app.iter().cloned()).collect());
         for (name, address) in &self.listen {
-            table("[[listen]]", vec![format!("name = {name:?}"), format!("address = \"{address}\"")]);
+            let own = vec![format!("name = {name:?}"), format!("address = \"{address}\"")];
+            let others = self.listen_lines.iter().filter(|(of, _)| of.is_none_or(|of| of == name));
+            table("[[listen]]", own.into_iter().chain(others.map(|(_, line)| (*line).to_owned())).collect());
         }
         table("[steering]", vec![format!("engine = {:?}", self.engine)]);
-        table("[readiness]", vec![format!("method = {:?}", self.readiness)]);
+        let method = format!("method = {:?}", self.readiness);
+        table("[readiness]", [method].into_iter().chain(self.probe.iter().cloned()).collect());
         table("[upgrade]", self.upgrade.clone());
         table("[restart]", self.restart.clone());
         let socket = format!("socket = {:?}", self.socket);

@@ -12,7 +12,8 @@ use super::world::World;
 #[derive(Debug)]
 pub(crate) struct Load {
     running: Option<Running>,
-    _alone: MutexGuard<'static, ()>,
+    /// `None` of one that is part of another.
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 static ALONE: Mutex<()> = Mutex::new(());
@@ -31,7 +32,15 @@ pub(crate) fn spec(world: &World) -> Spec {
 impl Load {
     /// Starts the load and waits until it is answered.
     pub(crate) fn start(spec: Spec) -> Load {
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        Load::started_with(spec, Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// A further load of the same test, on another address.
+    pub(crate) fn beside(&self, spec: Spec) -> Load {
+        Load::started_with(spec, None)
+    }
+
+    fn started_with(spec: Spec, alone: Option<MutexGuard<'static, ()>>) -> Load {
         let load = Load { running: Some(reuseportd_bench::spawn(spec).unwrap()), _alone: alone };
         load.answered(50);
         load

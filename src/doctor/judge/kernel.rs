@@ -72,7 +72,7 @@ pub(super) fn cgroup2(facts: &Facts) -> Finding {
             CHECK,
             "cgroup v2 is not mounted",
             "listen.force_reuseport, which needs it",
-            "mount -t cgroup2 none /sys/fs/cgroup/unified",
+            "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
         ),
     }
 }

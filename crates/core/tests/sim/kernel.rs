@@ -3,7 +3,7 @@
 //! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
 
 use crate::rng::Rng;
-use reuseportd_core::{Depth, GroupId, GroupView, ListenerId, Member, Range, Share, WorkerId};
+use reuseportd_core::{Depth, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const EINVAL: i32 = 22;
@@ -32,8 +32,12 @@ pub(crate) enum Stage {
 #[derive(Debug)]
 pub(crate) struct Socket {
     pub(crate) group: GroupId,
-    /// `None` is a stranger.
+    /// `None` is a stranger, or a seat.
     pub(crate) owner: Option<WorkerId>,
+    /// The master made it for this seat.
+    pub(crate) seat: Option<Seat>,
+    /// Who it was passed to, one after the other.
+    pub(crate) users: Vec<WorkerId>,
     pub(crate) stage: Stage,
     pub(crate) holders: BTreeSet<Holder>,
     pub(crate) queue: VecDeque<u64>,
@@ -44,11 +48,19 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Some process of the owner holds it.
+    /// Some process of a worker holds it.
     pub(crate) fn is_owned(&self) -> bool {
-        self.owner.is_some_and(|w| {
-            self.holders.contains(&Holder::Leader(w)) || self.holders.contains(&Holder::Child(w))
-        })
+        self.holders.iter().any(|holder| matches!(holder, Holder::Leader(_) | Holder::Child(_)))
+    }
+
+    /// Some process of this worker holds it.
+    pub(crate) fn is_owned_by(&self, worker: WorkerId) -> bool {
+        self.holders.contains(&Holder::Leader(worker)) || self.holders.contains(&Holder::Child(worker))
+    }
+
+    /// Who binds it, or was given it.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = WorkerId> {
+        self.owner.into_iter().chain(self.users.iter().copied())
     }
 }
 
@@ -128,6 +140,8 @@ impl Kernel {
         let socket = Socket {
             group,
             owner,
+            seat: None,
+            users: Vec::new(),
             stage: Stage::Bound,
             holders: BTreeSet::from([holder]),
             queue: VecDeque::new(),

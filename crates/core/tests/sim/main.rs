@@ -10,9 +10,12 @@ mod oracle;
 mod outside;
 mod protocol;
 mod rng;
+mod seats;
+mod temper;
 mod workers;
 mod world;
 
+use kernel::Holder;
 use oracle::Tally;
 use reuseportd_core::{Engine, MasterState, StopMode, Trigger};
 use std::collections::BTreeMap;
@@ -63,6 +66,7 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     let mut world = World::new(seed, engine, verbose);
     let mut replay = Replay { seed, step: 0 };
     world.groups = u16::try_from(world.rng.between(1, 3)).unwrap_or(1);
+    world.seated = [0, 0, 500, 1000, 1000][world.rng.index(5)];
     // A service that can't keep up never gets its queues empty: that is nobody's promise.
     world.accept = [0, MS, 5 * MS, 20 * MS][world.rng.index(4)];
     world.pace = world.rng.between(2, 40) * MS + world.accept;
@@ -125,6 +129,9 @@ fn end(world: &mut World, replay: &mut Replay) {
     for (id, worker) in &world.workers {
         assert!(!worker.runs && !worker.child && worker.reaped, "{id:?} is left behind");
     }
+    for (id, socket) in &world.kernel.sockets {
+        assert!(!socket.holders.contains(&Holder::Master), "{id:?} is left behind: {socket:?}");
+    }
 }
 
 impl World {
@@ -153,6 +160,9 @@ impl World {
         }
         if serving != seats {
             return Some(format!("{serving} of {seats} seats serve"));
+        }
+        if let Some(odd) = self.seats_are_odd() {
+            return Some(odd);
         }
         let spare = self.oracle.spare_handle(&self.kernel, &self.workers)?;
         Some(format!("a handle of {spare:?} is left: {:?}", self.kernel.sockets[&spare]))

@@ -37,19 +37,22 @@ impl World {
 
     /// A plan of small numbers, so that everything happens within seconds.
     pub(crate) fn draw_plan(&mut self) -> Plan {
-        let rng = &mut self.rng;
+        let (seated, rng) = (self.seated, &mut self.rng);
         let mut groups: Vec<GroupId> = (0..self.groups).map(GroupId).collect();
         if groups.len() > 1 && rng.permille(300) {
             groups.remove(rng.index(groups.len()));
         }
         let millis = |low, high, rng: &mut crate::rng::Rng| Duration::from_millis(rng.between(low, high));
+        // Mostly all of them are of one kind, and a kind seldom changes.
+        let seated = if rng.permille(100) { 500 } else { seated };
+        let seat_groups = groups.iter().copied().filter(|_| rng.permille(seated)).collect();
         Plan {
             workers: u16::try_from(rng.between(1, 4)).unwrap_or(1),
             groups,
-            seat_groups: Vec::new(),
-            passes: 1,
-            interval: Duration::from_millis(200),
-            readiness: if rng.permille(500) { Readiness::Notify } else { Readiness::Listen },
+            seat_groups,
+            passes: u16::try_from(rng.between(1, 3)).unwrap_or(1),
+            interval: millis(10, 60, rng),
+            readiness: [Readiness::Notify, Readiness::Listen, Readiness::Http][rng.index(3)],
             ready_timeout: millis(500, 3000, rng),
             settle_timeout: millis(200, 1000, rng),
             stop_when: [StopWhen::Auto, StopWhen::Drained, StopWhen::Idle][rng.index(3)],

@@ -1,9 +1,11 @@
 //! Workers of every temper: what they do by themselves, and how they answer what is asked of them.
 
 use crate::kernel::{Holder, Stage};
-use crate::rng::Rng;
+use crate::temper::{StopHow, Temper, Wrong};
 use crate::world::{Happening, MS, World};
-use reuseportd_core::{Event, Exit, Found, Generation, GroupId, ListenerId, Problem, Readiness, WorkerId};
+use reuseportd_core::{
+    Event, Exit, Found, Generation, GroupId, ListenerId, Problem, Readiness, Seat, WorkerId,
+};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -21,92 +23,13 @@ pub(crate) enum Act {
     Exit,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wrong {
-    Missing,
-    Address,
-    NoReuseport,
-}
-
-/// How it takes being told to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum StopHow {
-    /// Handover: accepts until nothing waits, then closes. Unmodified: closes at once. Then finishes what is open.
-    Orderly,
-    AtOnce,
-    /// Closes and says so without accepting first.
-    Hasty,
-    Ignores,
-    /// Like orderly, but never exits.
-    Hangs,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Temper {
-    pub(crate) handover: bool,
-    /// Until it binds.
-    start: u64,
-    /// How many times it says that it is ready.
-    announces: u8,
-    wrong: Option<Wrong>,
-    crash: Option<u64>,
-    closes: Option<u64>,
-    stop: StopHow,
-    /// It forks a child that inherits its listeners; `true`: one that TERM does not impress.
-    child: Option<bool>,
-    /// Pause before each accept, at most.
-    accept: u64,
-    pub(crate) takes: bool,
-    /// Sockets per address of an unmodified worker.
-    pub(crate) sockets: u8,
-}
-
-impl Temper {
-    pub(crate) fn is_orderly(&self) -> bool {
-        self.stop == StopHow::Orderly
-    }
-
-    /// Some temper; a bad one so many times in a thousand.
-    pub(crate) fn draw(rng: &mut Rng, handover: bool, bad: u64, accept: u64) -> Temper {
-        let mut temper = Temper {
-            handover,
-            start: rng.between(1, 60) * MS,
-            announces: 1,
-            wrong: None,
-            crash: None,
-            closes: None,
-            stop: StopHow::Orderly,
-            child: rng.permille(100).then_some(false),
-            accept,
-            takes: true,
-            sockets: if !handover && rng.permille(100) { 2 } else { 1 },
-        };
-        if rng.permille(bad) {
-            match rng.below(10) {
-                0 => temper.announces = 0,
-                1 => temper.announces = 2,
-                2 => temper.wrong = Some([Wrong::Missing, Wrong::Address, Wrong::NoReuseport][rng.index(3)]),
-                3 => temper.crash = Some(rng.between(1, 100) * MS),
-                4 => temper.crash = Some(rng.between(1, 8000) * MS),
-                5 if !handover => temper.closes = Some(rng.between(1, 4000) * MS),
-                6 => temper.stop = [StopHow::AtOnce, StopHow::Hasty][rng.index(2)],
-                7 => temper.stop = [StopHow::Ignores, StopHow::Hangs][rng.index(2)],
-                8 => temper.child = Some(true),
-                _ => {
-                    temper.takes = false;
-                    temper.start = rng.between(100, 6000) * MS;
-                }
-            }
-        }
-        temper
-    }
-}
-
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) generation: Generation,
+    pub(crate) seat: Seat,
     pub(crate) temper: Temper,
     readiness: Readiness,
+    /// Where it binds for itself.
     groups: Vec<GroupId>,
     /// Its first process lives.
     pub(crate) runs: bool,
@@ -119,7 +42,7 @@ pub(crate) struct Worker {
     pub(crate) drained: bool,
     /// It closed its listeners although nobody asked.
     pub(crate) deserted: bool,
-    sockets: Vec<ListenerId>,
+    pub(crate) sockets: Vec<ListenerId>,
     pub(crate) open: BTreeSet<u64>,
     accept_planned: bool,
     /// When its last message arrives: the channel keeps the order.
@@ -127,13 +50,25 @@ pub(crate) struct Worker {
 }
 
 impl World {
-    pub(crate) fn start_worker(&mut self, id: WorkerId, generation: Generation, temper: Temper) {
+    pub(crate) fn start_worker(
+        &mut self,
+        id: WorkerId,
+        generation: Generation,
+        seat: Seat,
+        mut temper: Temper,
+    ) {
         let plan = &self.plans[&generation];
+        let own = |group: &&GroupId| !plan.seat_groups.contains(group);
+        let groups: Vec<GroupId> = plan.groups.iter().filter(own).copied().collect();
+        if groups.is_empty() {
+            temper.wrong = None;
+        }
         let worker = Worker {
             generation,
+            seat,
             temper,
             readiness: plan.readiness,
-            groups: plan.groups.clone(),
+            groups,
             runs: true,
             child: false,
             reaped: false,
@@ -147,6 +82,7 @@ impl World {
             said: 0,
         };
         self.workers.insert(id, worker);
+        self.pass_seat(id);
         self.later(temper.start, Happening::Act(id, Act::Bind));
         for (when, act) in [(temper.crash, Act::Crash), (temper.closes, Act::CloseUnasked)] {
             if let Some(delay) = when {
@@ -172,10 +108,7 @@ impl World {
                 self.end_leader(id, how);
             }
             Act::CloseUnasked if self.faults && !worker.stops => {
-                self.close_listeners(id);
-                if let Some(worker) = self.workers.get_mut(&id) {
-                    worker.deserted = true;
-                }
+                self.desert(id);
             }
             Act::Crash | Act::CloseUnasked => {}
             Act::Take(listener) => self.take(id, listener),
@@ -198,6 +131,7 @@ impl World {
         if temper.child.is_some() {
             self.set(id, |w| w.child = true);
         }
+        self.inherit_seat(id);
         let copies = usize::from(temper.sockets);
         let sockets = groups.into_iter().flat_map(|g| std::iter::repeat_n(g, copies)).collect::<Vec<_>>();
         let mut last = 0;
@@ -239,13 +173,15 @@ impl World {
             return;
         }
         // Said again, it brings new sockets: descriptors are never sent twice.
-        let again = worker.sockets.iter().any(|s| self.kernel.sockets[s].known);
+        let own = |s: &&ListenerId| self.kernel.sockets[s].seat.is_none();
+        let sockets: Vec<ListenerId> = worker.sockets.iter().filter(own).copied().collect();
+        let again = sockets.iter().any(|s| self.kernel.sockets[s].known);
         let groups = worker.groups.clone();
         if again {
             let fresh = groups.into_iter().map(|group| (group, self.bind_one(id, group))).collect();
             self.send_ready(id, fresh);
         } else {
-            let all = worker.sockets.iter().map(|s| (self.kernel.sockets[s].group, *s)).collect();
+            let all = sockets.iter().map(|s| (self.kernel.sockets[s].group, *s)).collect();
             self.send_ready(id, all);
         }
     }
@@ -270,16 +206,12 @@ impl World {
     /// Looking for an unmodified worker's listeners, as the shell does it.
     pub(crate) fn find(&mut self, id: WorkerId) -> Found {
         let Some(worker) = self.workers.get(&id) else { return Found::NotYet(Problem::Failed(3)) };
-        let first = worker.groups[0];
-        let bound = !worker.sockets.is_empty() || worker.temper.wrong.is_some();
-        match worker.temper.wrong {
-            _ if !worker.runs => return Found::NotYet(Problem::Failed(3)),
-            Some(Wrong::Address) if bound && !worker.temper.handover => {
-                return Found::NotYet(Problem::WrongAddress(first));
-            }
-            Some(Wrong::NoReuseport) if bound && !worker.temper.handover => {
-                return Found::Never(Problem::NoReuseport(first));
-            }
+        if !worker.runs {
+            return Found::NotYet(Problem::Failed(3));
+        }
+        match (worker.temper.wrong.filter(|_| !worker.temper.handover), worker.groups.first()) {
+            (Some(Wrong::Address), Some(first)) => return Found::NotYet(Problem::WrongAddress(*first)),
+            (Some(Wrong::NoReuseport), Some(first)) => return Found::Never(Problem::NoReuseport(*first)),
             _ => {}
         }
         let mut found = Vec::new();
@@ -312,8 +244,10 @@ impl World {
     /// Whoever accepts where something new waits wakes up.
     pub(crate) fn wake(&mut self) {
         for listener in std::mem::take(&mut self.kernel.woken) {
-            if let Some(owner) = self.kernel.sockets[&listener].owner {
-                self.plan_accept(owner);
+            let socket = &self.kernel.sockets[&listener];
+            let workers: Vec<WorkerId> = socket.workers().collect();
+            if socket.owner.is_some() || socket.seat.is_some() {
+                workers.into_iter().for_each(|worker| self.plan_accept(worker));
             } else if let Some(connection) = self.kernel.accept(listener) {
                 // Strangers serve too, in their way.
                 self.oracle.accepted(connection);
@@ -321,7 +255,7 @@ impl World {
         }
     }
 
-    fn plan_accept(&mut self, id: WorkerId) {
+    pub(crate) fn plan_accept(&mut self, id: WorkerId) {
         let delay = self.rng.below(self.workers[&id].temper.accept + 1);
         let worker = &self.workers[&id];
         if worker.runs && !worker.accept_planned && (worker.serves || !worker.temper.handover) {
@@ -425,11 +359,15 @@ impl World {
 
     fn close_listeners(&mut self, id: WorkerId) {
         for listener in self.workers[&id].sockets.clone() {
-            self.kernel.close(listener, Holder::Leader(id), &mut self.rng);
-            // A child that inherited them may keep them.
-            if self.workers[&id].temper.child == Some(false) {
-                self.kernel.close(listener, Holder::Child(id), &mut self.rng);
-            }
+            self.close_listener(id, listener);
+        }
+    }
+
+    pub(crate) fn close_listener(&mut self, id: WorkerId, listener: ListenerId) {
+        self.kernel.close(listener, Holder::Leader(id), &mut self.rng);
+        // A child that inherited it may keep it.
+        if self.workers[&id].temper.child == Some(false) {
+            self.kernel.close(listener, Holder::Child(id), &mut self.rng);
         }
     }
 

@@ -3,10 +3,11 @@
 use crate::kernel::{Holder, Kernel, Program, Stage};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
-use crate::workers::{Act, Temper, Worker};
+use crate::temper::Temper;
+use crate::workers::{Act, Worker};
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time,
-    Verdict, WorkerId,
+    WorkerId,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -58,6 +59,8 @@ pub(crate) struct World {
     pub(crate) pace: u64,
     pub(crate) clients: bool,
     pub(crate) groups: u16,
+    /// How many groups have sockets of seats, per thousand.
+    pub(crate) seated: u64,
     pub(crate) strangers: Vec<ListenerId>,
     pub(crate) tickets: u32,
     pub(crate) verbose: bool,
@@ -89,6 +92,7 @@ impl World {
             pace: 10 * MS,
             clients: true,
             groups: 1,
+            seated: 0,
             strangers: Vec::new(),
             tickets: 0,
             verbose,
@@ -228,19 +232,19 @@ impl World {
     }
 
     /// A fault so many times in a thousand, as an errno.
-    fn fault(&mut self, permille: u64) -> Result<(), i32> {
+    pub(crate) fn fault(&mut self, permille: u64) -> Result<(), i32> {
         if self.faults && self.rng.permille(permille) { Err(12) } else { Ok(()) }
     }
 
     fn perform(&mut self, command: Command) {
         match command {
-            Command::Spawn { worker, generation, .. } => {
+            Command::Spawn { worker, generation, seat } => {
                 let bad = if self.faults { self.bad } else { 0 };
                 let handover = self.rng.permille(self.handover);
                 let temper = Temper::draw(&mut self.rng, handover, bad, self.accept);
                 match self.fault(bad / 20) {
                     Ok(()) => {
-                        self.start_worker(worker, generation, temper);
+                        self.start_worker(worker, generation, seat, temper);
                         self.answer(Event::Spawned { worker });
                     }
                     Err(errno) => self.answer(Event::SpawnFailed { worker, errno }),
@@ -258,9 +262,7 @@ impl World {
                 Order::Take(listener) => self.told_to_take(worker, listener),
             },
             Command::Prove { worker } => {
-                // Programs that load for a while listen long before they accept.
-                let accepted = self.workers[&worker].runs && self.rng.permille(700);
-                let verdict = if accepted { Verdict::Passed } else { Verdict::Waiting };
+                let verdict = self.prove(worker);
                 self.answer(Event::Proved { worker, verdict });
             }
             Command::CheckRemains { worker } => {
@@ -286,7 +288,11 @@ impl World {
                 let latest = self.plan.as_ref();
                 self.oracle.report(&report, self.now, &mut self.plans, latest, &self.kernel, &self.workers);
             }
-            Command::Bind { .. } | Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
+            Command::Bind { group, worker, seat, .. } => {
+                let result = self.bind_seat(group, seat);
+                self.answer(Event::Bound { group, worker, result });
+            }
+            Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
         }
     }
 
@@ -314,8 +320,8 @@ impl World {
                 let result = self.fault(20).and_then(|()| self.anchor(listener));
                 self.answer(Event::Anchored { listener, result });
             }
-            Command::Owns { listener, .. } => {
-                let owned = self.kernel.sockets[&listener].is_owned();
+            Command::Owns { listener, worker } => {
+                let owned = self.kernel.sockets[&listener].is_owned_by(worker);
                 self.answer(Event::Owned { listener, owned });
             }
             Command::Release { listener, shutdown } => {

@@ -1,0 +1,102 @@
+//! Sockets of seats in the simulated world: made by the master, passed to one worker after the other.
+
+use crate::kernel::{Holder, Kernel, Socket, Stage};
+use crate::world::World;
+use reuseportd_core::{GroupId, ListenerId, Seat, Verdict, WorkerId};
+
+impl Kernel {
+    /// The latest socket of a seat that the master holds.
+    pub(crate) fn of_seat(&self, group: GroupId, seat: Seat) -> Option<ListenerId> {
+        let is_it = |socket: &Socket| {
+            socket.group == group && socket.seat == Some(seat) && socket.holders.contains(&Holder::Master)
+        };
+        self.sockets.iter().rev().find(|(_, socket)| is_it(socket)).map(|(id, _)| *id)
+    }
+}
+
+impl World {
+    /// Makes the socket of a seat, listening.
+    pub(crate) fn bind_seat(&mut self, group: GroupId, seat: Seat) -> Result<ListenerId, i32> {
+        self.fault(self.bad / 20 + 5)?;
+        let listener = self.kernel.bind(group, None, Holder::Master);
+        if let Some(socket) = self.kernel.sockets.get_mut(&listener) {
+            socket.seat = Some(seat);
+            socket.known = true;
+        }
+        self.kernel.listen(listener)?;
+        Ok(listener)
+    }
+
+    /// A process is born with the sockets of its seat.
+    pub(crate) fn pass_seat(&mut self, id: WorkerId) {
+        for listener in self.seat_of(id) {
+            if let Some(socket) = self.kernel.sockets.get_mut(&listener) {
+                socket.holders.insert(Holder::Leader(id));
+                socket.users.push(id);
+            }
+        }
+    }
+
+    fn seat_of(&self, id: WorkerId) -> Vec<ListenerId> {
+        let worker = &self.workers[&id];
+        let groups = &self.plans[&worker.generation].seat_groups;
+        groups.iter().filter_map(|group| self.kernel.of_seat(*group, worker.seat)).collect()
+    }
+
+    /// It finds them, and what waits there.
+    pub(crate) fn inherit_seat(&mut self, id: WorkerId) {
+        let held = |socket: &Socket| socket.seat.is_some() && socket.holders.contains(&Holder::Leader(id));
+        let sockets = self.kernel.sockets.iter_mut().filter(|(_, socket)| held(socket));
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        for (listener, socket) in sockets {
+            worker.sockets.push(*listener);
+            if worker.child {
+                socket.holders.insert(Holder::Child(id));
+            }
+        }
+        self.plan_accept(id);
+    }
+
+    /// It closes what it bound itself, although nobody asked.
+    pub(crate) fn desert(&mut self, id: WorkerId) {
+        let own = |listener: &ListenerId| self.kernel.sockets[listener].seat.is_none();
+        let sockets: Vec<ListenerId> = self.workers[&id].sockets.iter().copied().filter(own).collect();
+        for listener in &sockets {
+            self.close_listener(id, *listener);
+        }
+        self.set(id, |worker| worker.deserted = !sockets.is_empty());
+    }
+
+    /// Programs that load for a while have their listeners long before they accept, or answer.
+    pub(crate) fn prove(&mut self, id: WorkerId) -> Verdict {
+        let worker = &self.workers[&id];
+        let (runs, healthy) = (worker.runs, worker.temper.healthy);
+        let serves = worker.serves || !worker.temper.handover;
+        let asks = self.plans[&worker.generation].readiness == reuseportd_core::Readiness::Http;
+        match self.rng.below(10) {
+            _ if !runs || !serves => Verdict::Waiting,
+            _ if asks && !healthy => Verdict::Failed,
+            0 | 1 => Verdict::Waiting,
+            2 if asks => Verdict::Failed,
+            _ => Verdict::Passed,
+        }
+    }
+
+    /// The seat has exactly one socket in each of its groups, and nobody else has one.
+    pub(crate) fn seats_are_odd(&self) -> Option<String> {
+        let active = self.oracle.protocol.active()?;
+        let plan = &self.plans[&active];
+        let held = |socket: &&Socket| socket.seat.is_some() && socket.holders.contains(&Holder::Master);
+        let count = self.kernel.sockets.values().filter(held).count();
+        for group in &plan.seat_groups {
+            for seat in (0..plan.workers).map(Seat) {
+                let listens = |id: &ListenerId| self.kernel.sockets[id].stage == Stage::Listening;
+                if self.kernel.of_seat(*group, seat).filter(listens).is_none() {
+                    return Some(format!("{seat:?} has no socket in {group:?}"));
+                }
+            }
+        }
+        let wanted = plan.seat_groups.len() * usize::from(plan.workers);
+        (count != wanted).then(|| format!("{count} sockets of seats instead of {wanted}"))
+    }
+}
