@@ -210,7 +210,7 @@ fn passed() -> io::Result<BTreeMap<String, Socket>> {
 
 /// Returns, and so closes the listener with whatever waits in its queue, when `stopped` can be read.
 fn accept_until<'scope>(
-    options: &Options,
+    options: &'scope Options,
     listener: &TcpListener,
     stopped: Option<&OwnedFd>,
     connections: &'scope Scope<'scope, '_>,
@@ -230,11 +230,7 @@ fn accept_until<'scope>(
     }
 }
 
-fn serve<'scope>(
-    options: &'scope Options,
-    stream: TcpStream,
-    connections: &'scope Scope<'scope, '_>,
-) {
+fn serve<'scope>(options: &'scope Options, stream: TcpStream, connections: &'scope Scope<'scope, '_>) {
     note(options, &stream, "accepted");
     work(options.accept_delay);
     if options.inline {

@@ -105,7 +105,7 @@ impl Connection {
         }
         self.answered = true;
         match decode_reply(&line).map_err(|source| self.not_understood(source))? {
-            Reply::Error { message, code } => Err(ClientError::Refused { message, code }),
+            Reply::Error { message, code, receipt } => Err(ClientError::Refused { message, code, receipt }),
             reply => Ok(reply),
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use reuseportd_wire::control::ControlError;
-use reuseportd_wire::status::Outcome;
+use reuseportd_wire::status::{Outcome, Receipt};
 
 use super::text::{escape_lines, milliseconds};
 use crate::config::ConfigErrors;
@@ -49,7 +49,7 @@ pub(super) enum ClientError {
     )]
     Unexpected { path: PathBuf },
     #[error("{}", escape_lines(message))]
-    Refused { message: String, code: u8 },
+    Refused { message: String, code: u8, receipt: Option<Box<Receipt>> },
     #[error("upgrade {}: {}", outcome.as_str().replace('_', " "), escape_lines(reason))]
     NotCompleted { outcome: Outcome, reason: String },
     #[error("standard output: cannot write: {0}")]

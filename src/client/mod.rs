@@ -99,7 +99,13 @@ fn ask_upgrade(
         Some(WaitFor::Drained) => Wait::Drained,
     };
     let mut connection = Connection::open(socket, &Request::Upgrade { wait }, patience)?;
-    let receipt = await_receipt(&mut connection, wait)?;
+    let receipt = match await_receipt(&mut connection, wait) {
+        Err(ClientError::Refused { message, code, receipt: Some(receipt) }) if json => {
+            print(out, &as_json(&receipt)?)?;
+            return Err(ClientError::Refused { message, code, receipt: None });
+        }
+        result => result?,
+    };
     let Some(receipt) = receipt else {
         return if json { Ok(()) } else { print(out, "upgrade accepted\n") };
     };

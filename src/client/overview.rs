@@ -190,5 +190,9 @@ fn listeners(listeners: &[ListenerStatus], paint: Paint) -> String {
     for (engine, reason) in reasons {
         text += &wrap(&format!("{engine}: {reason}"), 2);
     }
+    for listener in listeners.iter().filter(|listener| listener.leftovers_lost > 0) {
+        let (name, lost) = (&listener.name, listener.leftovers_lost);
+        text += &wrap(&format!("{name}: {lost} connections waiting for ended workers were lost"), 2);
+    }
     text
 }

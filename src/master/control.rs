@@ -180,7 +180,9 @@ impl Shell {
     pub(super) fn read_client(&mut self, number: u32) {
         let Some(request) = self.clients.read(number) else { return };
         match request {
-            Err(message) => self.clients.reply(number, &Reply::Error { message, code: 1 }, true),
+            Err(message) => {
+                self.clients.reply(number, &Reply::Error { message, code: 1, receipt: None }, true)
+            }
             Ok(Request::Status {}) => {
                 let status = Box::new(self.status());
                 self.clients.reply(number, &Reply::Status { status }, true);
@@ -210,7 +212,8 @@ impl Shell {
         match self.trigger(Trigger::Command, by) {
             Ok(()) => self.accepted(number, by.is_some()),
             Err(refusal) => {
-                let reply = Reply::Error { message: refusal.text, code: refusal.code };
+                let receipt = self.receipts.back().map(|(_, receipt)| Box::new(receipt.clone()));
+                let reply = Reply::Error { message: refusal.text, code: refusal.code, receipt };
                 self.clients.reply(number, &reply, true);
             }
         }
@@ -228,7 +231,9 @@ impl Shell {
             .map(|(_, receipt)| receipt);
         let reply = match receipt {
             Some(receipt) => Reply::Receipt { receipt: Box::new(receipt.clone()) },
-            None => Reply::Error { message: "the receipt is no longer kept".to_owned(), code: 1 },
+            None => {
+                Reply::Error { message: "the receipt is no longer kept".to_owned(), code: 1, receipt: None }
+            }
         };
         self.clients.reply(to.0, &reply, true);
     }

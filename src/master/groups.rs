@@ -82,6 +82,10 @@ pub(super) struct Group {
     record: u32,
     /// Migrations into generations that are gone.
     migrated_before: u64,
+    /// What ended workers left waiting, and others accepted.
+    pub(super) leftovers_taken: u64,
+    /// The same, with nobody to accept it.
+    pub(super) leftovers_lost: u64,
 }
 
 impl Group {
@@ -141,6 +145,8 @@ impl Groups {
             ebpf,
             record: FIRST_RECORD,
             migrated_before: 0,
+            leftovers_taken: 0,
+            leftovers_lost: 0,
         };
         group.unsteered()?;
         // The numbers of groups long gone are free again after 65,535 others.
@@ -154,6 +160,14 @@ impl Groups {
     /// Lets go of every group but these.
     pub(super) fn keep(&mut self, used: &BTreeSet<GroupId>) {
         self.by_id.retain(|id, _| used.contains(id));
+    }
+
+    /// Counts what an ended worker left waiting.
+    pub(super) fn note_leftovers(&mut self, id: GroupId, taken: u32, lost: u32) {
+        if let Some(group) = self.by_id.get_mut(&id) {
+            group.leftovers_taken += u64::from(taken);
+            group.leftovers_lost += u64::from(lost);
+        }
     }
 
     /// What can differ between generations on one address is that of the latest.

@@ -208,6 +208,8 @@ impl Shell {
                 self.close_groups();
             }
             Report::Ended(receipt) => self.keep_receipt(receipt),
+            Report::LeftoversTaken(listener, count) => self.note_leftovers(*listener, *count, 0),
+            Report::LeftoversLost(listener, count) => self.note_leftovers(*listener, 0, *count),
             Report::WorkerReady(_)
             | Report::Queued(_)
             | Report::Entered(..)
@@ -217,8 +219,6 @@ impl Shell {
             | Report::Replaced(..)
             | Report::BreakerOpened(_)
             | Report::BreakerClosed
-            | Report::LeftoversTaken(..)
-            | Report::LeftoversLost(..)
             | Report::SlotsUnsure(_)
             | Report::SteerFailed(..)
             | Report::ListenerLost(_)
@@ -243,6 +243,12 @@ impl Shell {
                 self.groups.rename(group, listen);
             }
             self.launches.insert(generation, launch);
+        }
+    }
+
+    fn note_leftovers(&mut self, listener: ListenerId, taken: u32, lost: u32) {
+        if let Some(group) = self.listeners.of(listener).map(|listener| listener.group) {
+            self.groups.note_leftovers(group, taken, lost);
         }
     }
 

@@ -199,6 +199,8 @@ impl Shell {
         let text = match phase {
             Phase::Launching => format!("generation {n} starts"),
             Phase::Steering => format!("new connections go to generation {n}"),
+            // The first generation has nobody to take over from.
+            Phase::Retiring if self.core.status().generations.len() < 2 => return,
             Phase::Retiring => format!("generation {n} serves, the listeners of the old one leave"),
             Phase::RollingBack => format!("generation {n} failed, the old one serves on"),
             Phase::Draining => format!("generation {n} serves, the old one finishes its connections"),

@@ -135,6 +135,8 @@ impl Shell {
                 engine,
                 engine_reason: choice.reason.clone(),
                 strangers: self.strangers(id).ok(),
+                leftovers_taken: group.leftovers_taken,
+                leftovers_lost: group.leftovers_lost,
             })
             .collect()
     }

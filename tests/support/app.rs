@@ -21,6 +21,8 @@ pub(crate) struct App {
     pub(crate) upgrade: Vec<String>,
     pub(crate) restart: Vec<String>,
     pub(crate) control: Vec<String>,
+    /// The whole file as it is, instead of all of this.
+    pub(crate) verbatim: Option<String>,
     name: String,
     socket: PathBuf,
     /// Where it is written.
@@ -42,6 +44,7 @@ impl App {
             upgrade: Vec::new(),
             restart: Vec::new(),
             control: Vec::new(),
+            verbatim: None,
             name: world.app.clone(),
             socket: world.path("run/control.sock"),
             path: world.path("app.toml"),
@@ -110,6 +113,9 @@ impl App {
     }
 
     fn text(&self) -> String {
+        if let Some(text) = &self.verbatim {
+            return text.clone();
+        }
         let mut text = String::new();
         let mut table = |header: &str, lines: Vec<String>| {
             writeln!(text, "{header}\n{}", lines.join("\n")).unwrap();

@@ -78,9 +78,13 @@ impl<'a> Master<'a> {
 
     /// Connections that waited for a killed worker and had no one to go to, as the log counts them.
     pub(crate) fn counted_losses(&self) -> u64 {
+        let counted = self.status().listeners.iter().map(|listener| listener.leftovers_lost).sum();
         let log = self.log();
         let told = log.lines().filter(|line| line.contains("event=\"leftovers_lost\""));
-        told.filter_map(|line| line.split("count=").nth(1)?.split(' ').next()?.parse::<u64>().ok()).sum()
+        let told: Option<u64> =
+            told.map(|line| line.split("count=").nth(1)?.split(' ').next()?.parse::<u64>().ok()).sum();
+        assert_eq!(told, Some(counted), "status and log tell the same");
+        counted
     }
 
     /// Sends the master a signal.

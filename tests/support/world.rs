@@ -25,10 +25,8 @@ pub(crate) enum Need {
     Nft,
     /// A Python interpreter.
     Python,
-    /// Servers to put behind a port.
-    Nginx,
-    /// The same.
-    Gunicorn,
+    /// A program that succeeds with these arguments.
+    Runs(&'static str, &'static [&'static str]),
 }
 
 /// Where one test happens.
@@ -62,10 +60,11 @@ pub(crate) fn world(needs: &[Need], body: impl FnOnce(&World) + Send) {
 
 impl Need {
     fn missing(self) -> Option<String> {
-        let runs = |program: &str, version: &str| {
-            let probe =
-                Command::new(program).arg(version).stdout(Stdio::null()).stderr(Stdio::null()).status();
-            (!probe.is_ok_and(|status| status.success())).then(|| format!("{program} does not run here"))
+        let runs = |program: &str, arguments: &[&str]| {
+            let mut probe = Command::new(program);
+            let probe = probe.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            let fails = !probe.is_ok_and(|status| status.success());
+            fails.then(|| format!("`{program} {}` does not run here", arguments.join(" ")))
         };
         match self {
             Need::Root => (!is_root()).then(|| "needs root".to_owned()),
@@ -73,10 +72,9 @@ impl Need {
                 let sets = rustix::thread::capabilities(None).unwrap();
                 (!sets.effective.contains(CapabilitySet::BPF)).then(|| "needs CAP_BPF".to_owned())
             }
-            Need::Nft => Need::Root.missing().or_else(|| runs("nft", "--version")),
-            Need::Python => runs("python3", "--version"),
-            Need::Nginx => Need::Root.missing().or_else(|| runs("nginx", "-v")),
-            Need::Gunicorn => runs("gunicorn", "--version"),
+            Need::Nft => Need::Root.missing().or_else(|| runs("nft", &["--version"])),
+            Need::Python => runs("python3", &["--version"]),
+            Need::Runs(program, arguments) => runs(program, arguments),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::group::{After, InForce, Listener, Work};
 use crate::id::{Generation, GroupId, ListenerId};
 use crate::master::{ANCHOR_PERIOD, Master};
 use crate::plan::Engine;
-use crate::slots::KeyRange;
+use crate::slots::{KeyRange, Keys};
 use crate::timers::Timer;
 use crate::worker::{WorkerKind, WorkerState};
 use alloc::vec::Vec;
@@ -67,7 +67,11 @@ impl Master {
 
     /// The generation's keys, given out when it is first steered to: by then its listeners are known.
     fn keys_for(&mut self, id: GroupId, generation: Generation, eligible: &[ListenerId]) -> Option<KeyRange> {
-        let seats = u32::from(self.generations.get(&generation)?.plan.workers);
+        let plan = &self.generations.get(&generation)?.plan;
+        let seats = u32::from(plan.workers);
+        if plan.seat_groups.contains(&id) {
+            return Keys::of_seats(generation, seats);
+        }
         let mut stride = 1;
         for listener in eligible {
             let worker = self.listeners.get(listener)?.worker;

@@ -7,7 +7,7 @@ use crate::id::{GroupId, ListenerId, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, Readiness};
 use crate::timers::Timer;
-use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerKind, WorkerState};
+use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, Worker, WorkerKind, WorkerState};
 use core::time::Duration;
 
 impl Master {
@@ -111,7 +111,8 @@ impl Master {
 
     pub(crate) fn on_ready(&mut self, id: WorkerId, listeners: &[(GroupId, ListenerId)]) {
         let Some(worker) = self.workers.get_mut(&id).filter(|worker| is_unknown(worker.state)) else {
-            return self.refuse_handles(listeners);
+            self.refuse_handles(listeners);
+            return self.ready_late(id);
         };
         worker.kind = Some(WorkerKind::Handover);
         let (seat, generation) = (worker.seat, worker.generation);
@@ -128,6 +129,35 @@ impl Master {
             // Only who serves can answer: it joins the groups, but nobody steers to it.
             None if self.readiness(generation) == Readiness::Http => self.join(id, true),
             None => self.proven(id),
+        }
+    }
+
+    /// A worker that binds nothing itself has all its listeners from the beginning, and was taken for an unmodified one
+    /// until it spoke.
+    fn ready_late(&mut self, id: WorkerId) {
+        let has_own = self.listeners.values().any(|listener| listener.worker == id && !listener.of_seat);
+        let readiness = self.readiness_of(id);
+        let is_mistaken = |worker: &&mut Worker| worker.kind == Some(WorkerKind::Unmodified) && !has_own;
+        let Some(worker) = self.workers.get_mut(&id).filter(is_mistaken) else { return };
+        worker.kind = Some(WorkerKind::Handover);
+        match worker.state {
+            WorkerState::Proving if readiness != Readiness::Http => self.proven(id),
+            WorkerState::Proving
+            | WorkerState::Serving
+            | WorkerState::Emptying
+            | WorkerState::Idling { .. } => {
+                worker.told_serve = true;
+                self.push(Command::Tell { worker: id, order: Order::Serve });
+            }
+            // Told when it joins, or not any more.
+            WorkerState::Spawning
+            | WorkerState::Starting { .. }
+            | WorkerState::Ready
+            | WorkerState::Joining { .. }
+            | WorkerState::Stopping { .. }
+            | WorkerState::Draining
+            | WorkerState::Dying
+            | WorkerState::Remains { .. } => {}
         }
     }
 

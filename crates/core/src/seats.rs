@@ -39,7 +39,8 @@ impl Master {
                     of_seat: true,
                     handle: true,
                     listens: true,
-                    leaving: state.is_ending(),
+                    // Of the generation that serves it waits for the next worker.
+                    leaving: state.is_ending() && self.active != Some(generation),
                     by_shutdown: false,
                     key: None,
                     settling: Settling::Settled,
@@ -50,11 +51,11 @@ impl Master {
                 self.listeners.insert(id, listener);
                 self.outdate_looks(group);
             }
-            (Some((_, seat, _)), Err(errno)) => {
+            (Some((_, seat, state)), Err(errno)) if !state.is_ending() => {
                 self.fail_worker(worker, Reason::BindFailed(seat, group, errno))
             }
             (None, Ok(id)) => self.push(Command::Release { listener: id, shutdown: false }),
-            (None, Err(_)) => {}
+            (_, Err(_)) => {}
         }
     }
 
@@ -66,13 +67,8 @@ impl Master {
         for group in self.seat_groups(generation) {
             let Some(id) = self.seat_listener(group, seat) else { continue };
             let Some(listener) = self.listeners.get_mut(&id) else { continue };
-            let has_moved = listener.generation != generation;
             listener.worker = worker;
             listener.generation = generation;
-            // Its key is in the range of the generation it comes from.
-            if let Some(key) = listener.key.take_if(|_| has_moved) {
-                self.push(Command::Evict { group, key });
-            }
             self.mark_stale(group);
         }
     }

@@ -83,11 +83,20 @@ pub(crate) struct KeyRange {
 /// Keys in a group's array: enough for two generations of 1,024 workers with several listeners each.
 /// The few above them are the shell's, for proving workers.
 pub(crate) const KEYS_MAX: u32 = 8190;
+/// The last of them belong to seats, whichever generation uses them: a socket that two generations share stays under its
+/// key, and the switch is one write for it too.
+const SEAT_KEYS: u32 = KEYS_MAX - 1024;
 
 impl Keys {
     /// The range of a generation.
     pub(crate) fn of(&self, generation: Generation) -> Option<KeyRange> {
         self.0.iter().find(|range| range.generation == generation).copied()
+    }
+
+    /// The keys of the sockets of so many seats; `None` if there are not so many.
+    pub(crate) fn of_seats(generation: Generation, count: u32) -> Option<KeyRange> {
+        let range = KeyRange { generation, base: SEAT_KEYS, stride: 1, count };
+        (count <= KEYS_MAX - SEAT_KEYS).then_some(range)
     }
 
     /// Gives a generation the lowest free range; `None` if there is no room.
@@ -102,7 +111,7 @@ impl Keys {
             base = taken.base + taken.count;
             at += 1;
         }
-        if base + count > KEYS_MAX {
+        if base + count > SEAT_KEYS {
             return None;
         }
         let range = KeyRange { generation, base, stride, count };

@@ -176,20 +176,18 @@ impl Master {
         let Some(worker) = self.workers.get(&id) else { return };
         // Asked for and not there yet; or meanwhile not wanted any more.
         let is_pending = matches!(worker.state, WorkerState::Spawning | WorkerState::Dying);
-        if !is_pending || !self.listeners_of(id).is_empty() {
+        let has_own = self.listeners.values().any(|listener| listener.worker == id && !listener.of_seat);
+        if !is_pending || has_own {
             return self.report(Report::Bug("a worker that runs could not be started"));
         }
-        let Some(worker) = self.workers.remove(&id) else { return };
-        for timer in [Timer::Ready(id), Timer::Kill(id)] {
-            self.timers.disarm(timer);
-        }
+        self.forget_worker(id);
         let Some((generation, seat)) = self.seat_of(id) else { return };
         if let Some(place) =
             self.generations.get_mut(&generation).and_then(|record| record.seats.get_mut(usize::from(seat.0)))
         {
             place.worker = None;
         }
-        let reason = Reason::SpawnFailed(worker.seat, id, errno);
+        let reason = Reason::SpawnFailed(seat, id, errno);
         if self.is_launching(generation) {
             return self.fail_upgrade(reason);
         }

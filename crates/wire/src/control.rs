@@ -87,6 +87,9 @@ pub enum Reply {
         /// The exit code of the client: 2 when the config is invalid, else 1.
         #[serde(default = "failed")]
         code: u8,
+        /// Of an upgrade that was refused before it began.
+        #[serde(default)]
+        receipt: Option<Box<Receipt>>,
     },
 }
 

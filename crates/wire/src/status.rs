@@ -291,6 +291,12 @@ pub struct ListenerStatus {
     pub engine_reason: String,
     /// Sockets in the group that belong to no worker of ours.
     pub strangers: Option<u32>,
+    /// Connections of ended workers that a sibling accepted, since the master started.
+    #[serde(default)]
+    pub leftovers_taken: u64,
+    /// Connections of ended workers that had no one to go to, since the master started: lost, and counted here.
+    #[serde(default)]
+    pub leftovers_lost: u64,
 }
 
 /// What an upgrade did.

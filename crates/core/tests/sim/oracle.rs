@@ -1,6 +1,6 @@
 //! The judge. It watches every packet, event and command, and knows the promise but not how it is kept.
 
-use crate::kernel::{Choice, Holder, Kernel, Loss, Program, Stage};
+use crate::kernel::{Choice, Holder, Kernel, Loss, Program, Socket, Stage};
 use crate::protocol::Protocol;
 use crate::workers::Worker;
 use reuseportd_core::{
@@ -34,8 +34,9 @@ pub(crate) struct Oracle {
     engine: Engine,
     pub(crate) protocol: Protocol,
     clients: BTreeMap<u64, Client>,
-    /// The generation that new connections of a group go to, as the last program put in force there says.
-    steered: BTreeMap<GroupId, Option<Generation>>,
+    /// The generation that new connections of a group go to, as the last program put in force there says: one of
+    /// several, as long as they share all the sockets it names.
+    steered: BTreeMap<GroupId, BTreeSet<Generation>>,
     /// `cbpf`: slots moved and the master could not know yet; `true` once it has looked since.
     disturbed: BTreeMap<GroupId, bool>,
     /// `cbpf`: several moved between two looks; the core has said that it can only guess.
@@ -125,11 +126,10 @@ impl Oracle {
             for group in &plans[generation].groups {
                 // Slots may have come to mean other listeners, so that no new program was needed.
                 self.steered(*group, kernel, workers);
-                if self.unsure.contains(group) {
-                    self.steered.insert(*group, Some(*generation));
-                }
-                let to = self.steered.get(group).copied().flatten();
-                let is_there = self.engine == Engine::None || to == Some(*generation);
+                let is_there = self.engine == Engine::None
+                    || self.unsure.contains(group)
+                    || self.is_steered_to(*group, *generation);
+                let to = self.steered.insert(*group, BTreeSet::from([*generation]));
                 assert!(is_there, "switched to {generation:?}, but {group:?} is steered to {to:?}");
             }
         }
@@ -154,24 +154,46 @@ impl Oracle {
             None => None,
         };
         let named = kernel.named(group);
-        let mut generations = BTreeSet::new();
+        let mut to: Option<BTreeSet<Generation>> = None;
         for listener in &named {
-            let Some(owner) = kernel.sockets[listener].owner else {
-                panic!("{group:?} is steered to a stranger, {listener:?}");
-            };
-            assert!(self.protocol.is_ready(owner), "{group:?} is steered to {owner:?}, which is not ready");
-            generations.insert(workers[&owner].generation);
+            let socket = &kernel.sockets[listener];
+            let of = self.generations(socket, workers);
+            assert!(!of.is_empty(), "{group:?} is steered to {listener:?}, which is nobody's: {socket:?}");
+            assert!(self.is_ready(socket), "{group:?} is steered to {listener:?}, not ready: {socket:?}");
+            to = Some(to.map_or(of.clone(), |to| &to & &of));
         }
-        assert!(generations.len() <= 1, "{group:?} is steered to several generations: {generations:?}");
         // With nobody named, it stays clear whose the connections were.
-        let to = generations.first().copied();
-        if to.is_some() {
+        if let Some(to) = to {
+            assert!(!to.is_empty(), "{group:?} is steered to several generations: {named:?}");
             self.steered.insert(group, to);
         }
         if let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) {
             let slots = shares.iter().map(|s| s.slots.len()).sum::<usize>();
             assert_eq!(slots, named.len(), "{group:?}: a slot in {shares:?} is nobody's");
         }
+    }
+
+    /// Whose it is. Nobody's is a stranger, or the socket of a seat that is no more.
+    fn generations(&self, socket: &Socket, workers: &Workers) -> BTreeSet<Generation> {
+        match socket.seat {
+            Some(seat) => self.protocol.using(socket.group, seat),
+            None => socket.owner.iter().map(|owner| workers[owner].generation).collect(),
+        }
+    }
+
+    fn is_ready(&self, socket: &Socket) -> bool {
+        socket.workers().any(|worker| self.protocol.is_ready(worker))
+    }
+
+    fn is_steered_to(&self, group: GroupId, generation: Generation) -> bool {
+        self.steered.get(&group).is_some_and(|to| to.contains(&generation))
+    }
+
+    /// The worker that bound it, or the last of those that got it with a generation that has served.
+    fn last_worker(&self, socket: &Socket, workers: &Workers) -> Option<WorkerId> {
+        let has_served = |worker: &WorkerId| self.protocol.has_served(workers[worker].generation);
+        let last = socket.users.iter().copied().filter(has_served).next_back();
+        if socket.seat.is_some() { last } else { socket.owner }
     }
 
     /// A SYN arrived, and the kernel chose.
@@ -197,17 +219,14 @@ impl Oracle {
         let mut excused = !promised;
         if promised {
             let socket = &kernel.sockets[&listener];
-            let wanted = self.steered.get(&group).copied().flatten();
-            let is_right = socket.owner.is_some_and(|owner| {
-                Some(workers[&owner].generation) == wanted && self.protocol.is_ready(owner)
-            });
+            let of = self.generations(socket, workers);
+            let is_right = of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket);
             if !is_right {
                 self.tally.strays += 1;
                 let stray = self.stray(group, listener, hashed, kernel, workers);
-                let owner = socket.owner;
                 assert!(
                     stray != Stray::Forbidden,
-                    "connection {connection} to {group:?} strayed to {listener:?} of {owner:?}"
+                    "connection {connection} to {group:?} strayed to {listener:?}: {socket:?}"
                 );
                 excused = stray == Stray::Excused;
             }
@@ -235,14 +254,17 @@ impl Oracle {
         let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
             return Stray::Forbidden;
         };
-        let Some((id, owner)) = kernel.sockets[&listener].owner.map(|owner| (owner, &workers[&owner])) else {
+        let socket = &kernel.sockets[&listener];
+        let last = self.last_worker(socket, workers);
+        let Some((id, owner)) = last.map(|id| (id, &workers[&id])) else {
             let is_blind = self.disturbed.contains_key(&group) || self.protocol.steer_failed(group);
             return if hashed || is_blind { Stray::Excused } else { Stray::Forbidden };
         };
         // The listeners of a worker with several of them leave one after the other, and nobody accepts from the rest.
-        let is_open = kernel.sockets[&listener].is_owned();
+        let is_open = socket.is_owned();
         let has_several = owner.temper.sockets > 1 && !is_open;
-        let is_old_program = self.protocol.steer_failed(group) && !owner.temper.handover;
+        let joins_by_itself = !owner.temper.handover && socket.seat.is_none();
+        let is_old_program = self.protocol.steer_failed(group) && joins_by_itself;
         if self.disturbed.contains_key(&group) || is_old_program || has_several {
             return Stray::Excused;
         }
@@ -260,6 +282,9 @@ impl Oracle {
     pub(crate) fn lost(&mut self, loss: Loss, now: u64, kernel: &Kernel, workers: &Workers) {
         let Some(client) = self.clients.remove(&loss.connection) else { return };
         let socket = &kernel.sockets[&loss.listener];
+        if let Some(seat) = socket.seat {
+            assert!(!self.protocol.keeps(socket.group, seat), "{loss:?} from {seat:?}: {socket:?}");
+        }
         if client.excused || self.protocol.is_stopping() || self.engine == Engine::None {
             self.tally.excused += 1;
             return;
@@ -271,7 +296,8 @@ impl Oracle {
             self.tally.excused += 1;
             return;
         }
-        let owner = socket.owner.map(|owner| &workers[&owner]);
+        let last = self.last_worker(socket, workers);
+        let owner = last.map(|owner| &workers[&owner]);
         // At an address that is no more nobody is left to go to if a worker drops what it has.
         if self.engine == Engine::Ebpf
             && is_removed
@@ -283,10 +309,11 @@ impl Oracle {
         // Unmodified workers are told to stop only when nothing waits; the others are trusted to empty their queues.
         let was_cut = |id: WorkerId, worker: &Worker| {
             let is_told = worker.temper.handover && !worker.temper.is_orderly();
-            worker.deserted || (!worker.runs && (is_told || !self.protocol.has_left(id)))
+            let is_vacant = socket.seat.is_some() && !self.protocol.is_ready(id);
+            worker.deserted || is_vacant || (!worker.runs && (is_told || !self.protocol.has_left(id)))
         };
         if self.engine == Engine::Cbpf
-            && socket.owner.is_some_and(|id| was_cut(id, &workers[&id]))
+            && last.is_some_and(|id| was_cut(id, &workers[&id]))
             && (is_removed || !self.has_taker(socket.group, workers))
             && let Some(count) = self.admitted.get_mut(&loss.listener)
             && *count > 0
@@ -297,19 +324,17 @@ impl Oracle {
         }
         let place = if loss.half_open { "half open" } else { "queued" };
         let Loss { connection, listener, .. } = loss;
-        let owner = socket.owner;
         panic!(
-            "connection {connection}, {place} in {listener:?} of {owner:?}, was lost: {client:?}, age {age:?}"
+            "connection {connection}, {place} in {listener:?}, was lost: {client:?}, age {age:?}, {socket:?}"
         );
     }
 
     /// Somebody could have taken leftovers, and nobody would have refused.
     fn has_taker(&self, group: GroupId, workers: &Workers) -> bool {
-        let wanted = self.steered.get(&group).copied().flatten();
         let serves = |id: &WorkerId, worker: &Worker| {
             worker.temper.handover
                 && worker.runs
-                && Some(worker.generation) == wanted
+                && self.is_steered_to(group, worker.generation)
                 && self.protocol.is_serving(*id)
         };
         let mut takers = workers.iter().filter(|(id, worker)| serves(id, worker)).peekable();
@@ -334,15 +359,13 @@ impl Oracle {
             return;
         }
         let named = kernel.named(group);
-        let dead =
-            |l: &ListenerId| kernel.sockets[l].owner.is_some_and(|owner| self.protocol.has_exited(owner));
-        let wanted = self.steered.get(&group).copied().flatten();
+        let is_dead = |worker: WorkerId| self.protocol.has_exited(worker) || !self.protocol.is_ready(worker);
+        let dead = |l: &ListenerId| kernel.sockets[l].workers().all(is_dead);
+        let is_its = |worker: WorkerId| {
+            self.is_steered_to(group, workers[&worker].generation) && self.protocol.is_serving(worker)
+        };
         let serves = kernel.sockets.values().any(|socket| {
-            socket.group == group
-                && socket.stage == Stage::Listening
-                && socket.owner.is_some_and(|owner| {
-                    Some(workers[&owner].generation) == wanted && self.protocol.is_serving(owner)
-                })
+            socket.group == group && socket.stage == Stage::Listening && socket.workers().any(is_its)
         });
         let gone: Vec<&ListenerId> = named.iter().filter(|l| dead(l)).collect();
         assert!(gone.is_empty() || !serves, "{group:?} is steered to listeners of ended workers: {gone:?}");
@@ -354,6 +377,10 @@ impl Oracle {
         let mut anchored = BTreeSet::new();
         for (listener, socket) in &kernel.sockets {
             if !socket.holders.contains(&Holder::Master) {
+                continue;
+            }
+            // Those of seats are counted elsewhere.
+            if socket.seat.is_some() {
                 continue;
             }
             let owner = socket.owner.map(|owner| (&workers[&owner], owner));

@@ -3,8 +3,8 @@
 use crate::kernel::{Holder, Kernel, Stage};
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Reason, Receipt,
-    Report, Seat, Signal, StopMode, Ticket, Trigger, WorkerId,
+    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Readiness, Reason,
+    Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -20,6 +20,9 @@ struct Life {
     answered: Option<bool>,
     spawned: u64,
     ready: bool,
+    /// Requests answered in a row, and when the last was answered.
+    passes: u16,
+    asked: Option<u64>,
     /// Told to stop, first.
     stopped: Option<u64>,
     replaced: bool,
@@ -43,6 +46,8 @@ pub(crate) struct Protocol {
     respawns: BTreeMap<(Generation, Seat), Respawns>,
     plans: BTreeMap<Generation, Plan>,
     active: Option<Generation>,
+    /// All that ever were.
+    served: BTreeSet<Generation>,
     /// Launched, and its end not told.
     launching: Option<Generation>,
     failed: BTreeSet<Generation>,
@@ -65,6 +70,7 @@ impl Protocol {
             respawns: BTreeMap::new(),
             plans: BTreeMap::new(),
             active: None,
+            served: BTreeSet::new(),
             launching: None,
             failed: BTreeSet::new(),
             refused_to_steer: BTreeSet::new(),
@@ -90,6 +96,22 @@ impl Protocol {
     pub(crate) fn promises(&self, group: GroupId) -> bool {
         let plan = self.active.and_then(|active| self.plans.get(&active));
         self.stop.is_none() && plan.is_some_and(|plan| plan.groups.contains(&group))
+    }
+
+    /// Generations that use the socket of a seat: the one that serves, and the one that is launched.
+    pub(crate) fn using(&self, group: GroupId, seat: Seat) -> BTreeSet<Generation> {
+        let uses = |generation: &Generation| has_seat(&self.plans[generation], group, seat);
+        self.active.into_iter().chain(self.launching).filter(uses).collect()
+    }
+
+    /// The socket of a seat of the generation that serves stays, until the service ends.
+    pub(crate) fn keeps(&self, group: GroupId, seat: Seat) -> bool {
+        self.promises(group) && self.active.is_some_and(|active| has_seat(&self.plans[&active], group, seat))
+    }
+
+    /// The generation serves, or has served.
+    pub(crate) fn has_served(&self, generation: Generation) -> bool {
+        self.served.contains(&generation)
     }
 
     pub(crate) fn is_ready(&self, worker: WorkerId) -> bool {
@@ -142,6 +164,12 @@ impl Protocol {
                     life.exited = Some(now);
                 }
             }
+            Event::Proved { worker, verdict } if *verdict != Verdict::Waiting => {
+                if let Some(life) = self.lives.get_mut(worker) {
+                    life.passes = if *verdict == Verdict::Passed { life.passes + 1 } else { 0 };
+                    life.asked = Some(now);
+                }
+            }
             Event::Steered { group, result } => {
                 if result.is_ok() {
                     self.refused_to_steer.remove(group);
@@ -171,7 +199,8 @@ impl Protocol {
                 life.reaped = true;
             }
             Command::Tell { worker, order } => self.told(*worker, *order, now, kernel, workers),
-            Command::Find { worker } | Command::Prove { worker } | Command::CheckRemains { worker } => {
+            Command::Prove { worker } => self.prove(*worker, now),
+            Command::Find { worker } | Command::CheckRemains { worker } => {
                 let life = self.life(*worker);
                 assert!(!life.reaped, "{command:?} of somebody forgotten");
             }
@@ -199,7 +228,11 @@ impl Protocol {
             Command::Reply { to, .. } => assert!(self.open_tickets.remove(to), "{to:?} was answered twice"),
             Command::Notify(notice) => self.notice(*notice),
             Command::Exit { code } => self.exits(*code),
-            Command::Bind { .. } => panic!("{command:?}, but no plan has sockets of the master's"),
+            Command::Bind { group, generation, seat, .. } => {
+                assert!(has_seat(&self.plans[generation], *group, *seat), "{command:?} is in no plan");
+                let before = kernel.of_seat(*group, *seat).filter(|_| self.keeps(*group, *seat));
+                assert!(before.is_none(), "{command:?}, but there is {before:?}");
+            }
             Command::Evict { .. }
             | Command::Anchor { .. }
             | Command::Owns { .. }
@@ -207,6 +240,22 @@ impl Protocol {
             | Command::Count { .. }
             | Command::Report(_) => {}
         }
+    }
+
+    fn prove(&mut self, worker: WorkerId, now: u64) {
+        let life = *self.life(worker);
+        assert!(!life.reaped && !life.ready, "to prove {worker:?} makes no sense: {life:?}");
+        let interval = self.plans[&life.generation].interval;
+        let is_early = life.asked.is_some_and(|asked| Duration::from_nanos(now - asked) < interval);
+        assert!(!is_early, "{worker:?} was asked again within {interval:?}");
+    }
+
+    fn proven(&mut self, worker: WorkerId) {
+        let life = *self.life(worker);
+        let plan = &self.plans[&life.generation];
+        let suffices = plan.readiness != Readiness::Http || life.passes >= plan.passes;
+        assert!(suffices, "{worker:?} is ready without having answered {} times: {life:?}", plan.passes);
+        self.life(worker).ready = true;
     }
 
     fn life(&mut self, worker: WorkerId) -> &mut Life {
@@ -238,6 +287,8 @@ impl Protocol {
             answered: None,
             spawned: now,
             ready: false,
+            passes: 0,
+            asked: None,
             stopped: None,
             replaced: false,
             killed: false,
@@ -294,6 +345,9 @@ impl Protocol {
     fn release(&mut self, listener: ListenerId, shutdown: bool, kernel: &Kernel) {
         assert!(holds(kernel, listener), "a handle of {listener:?} is dropped that is not there");
         let socket = &kernel.sockets[&listener];
+        if let Some(seat) = socket.seat {
+            assert!(!self.keeps(socket.group, seat), "the socket of {seat:?} was released: {socket:?}");
+        }
         if let Some(owner) = socket.owner
             && socket.is_owned()
             && shutdown
@@ -337,7 +391,7 @@ impl Protocol {
                 self.plans.insert(*generation, plans[generation].clone());
                 self.launching = Some(*generation);
             }
-            Report::WorkerReady(worker) => self.life(*worker).ready = true,
+            Report::WorkerReady(worker) => self.proven(*worker),
             Report::Replaced(worker, _) => self.life(*worker).replaced = true,
             Report::SteerFailed(group, _) => {
                 self.refused_to_steer.insert(*group);
@@ -350,6 +404,7 @@ impl Protocol {
                     assert!(self.lives.values().any(filled), "switched without {:?}", Seat(seat));
                 }
                 self.active = Some(*generation);
+                self.served.insert(*generation);
             }
             Report::Ended(receipt) => self.ended(receipt),
             Report::Respawning(generation, seat, pause) => self.respawning(*generation, *seat, *pause, now),
@@ -399,6 +454,10 @@ impl Protocol {
         *respawns =
             Respawns { pause: Some(pause), after: now + u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX) };
     }
+}
+
+fn has_seat(plan: &Plan, group: GroupId, seat: Seat) -> bool {
+    plan.seat_groups.contains(&group) && seat.0 < plan.workers
 }
 
 fn holds(kernel: &Kernel, listener: ListenerId) -> bool {
