@@ -1,6 +1,6 @@
 //! Requests that prove a worker: they reach this very worker, and nobody else reaches it before it has passed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::process::Command;
 
 use reuseportd_wire::status::{Outcome, WorkerState};
@@ -12,9 +12,20 @@ use crate::support::master::{Master, REUSEPORTD};
 use crate::support::process::kill;
 use crate::support::world::{Need, World, world};
 
+/// Where the workers listen, and no client comes from.
+const OWN: &str = "127.0.0.77";
+
+/// A load on that address.
+fn begin_load(world: &World) -> Load {
+    let mut spec = slow_accepts(world);
+    spec.target.set_ip(OWN.parse().unwrap());
+    Load::start(spec)
+}
+
 /// The difficult worker in this mode, asked for its health every 20 ms.
 fn asked(world: &World, mode: &str) -> App {
-    let app = App::test_worker(world, &options(mode, ""));
+    let mut app = App::test_worker(world, &options(mode, ""));
+    app.listen[0].1.set_ip(OWN.parse().unwrap());
     let app = app.engine("ebpf").readiness("http").upgrade("ready_timeout = \"1s\"");
     app.probe("interval = \"20ms\"").probe("path = \"/healthz?deep\"")
 }
@@ -61,21 +72,18 @@ fn probes(world: &World, generation: u32) -> BTreeMap<u32, u32> {
     counted
 }
 
-/// What a generation accepted that was not asking for its health, by the peer's address.
-fn others(world: &World, generation: u32) -> BTreeSet<String> {
-    let lines = lines(world);
-    let of = |what: fn(&str) -> bool| -> BTreeSet<String> {
-        let those = lines.iter().filter(|line| line.generation == generation && what(&line.what));
-        those.map(|line| line.peer.clone()).collect()
-    };
-    &of(|what| what == "accepted") - &of(|what| what == PROBE)
+/// Clients whose connections a generation accepted. The master comes from the address it asks.
+fn clients(world: &World, generation: u32) -> Vec<String> {
+    let lines = lines(world).into_iter().filter(|line| line.generation == generation);
+    let accepted = lines.filter(|line| line.what == "accepted").map(|line| line.peer);
+    accepted.filter(|peer| !peer.starts_with(OWN)).collect()
 }
 
 fn no_client_meets_an_unhealthy_worker(mode: &str) {
     world(&[Need::Bpf], |world| {
         let mut app = asked(world, mode);
         let master = Master::start(world, &app);
-        let load = Load::start(slow_accepts(world));
+        let load = begin_load(world);
         let workers = master.serving();
         app.command = changed(world, mode, "--health 503");
         app.write();
@@ -86,7 +94,7 @@ fn no_client_meets_an_unhealthy_worker(mode: &str) {
             assert!(reason.contains("seat") && reason.contains("HTTP/1.0 503"), "{reason}");
             let probes = probes(world, generation);
             assert!(probes.len() == 4 && probes.values().all(|asked| *asked > 1), "{probes:?}");
-            assert_eq!(others(world, generation), BTreeSet::new(), "clients met generation {generation}");
+            assert_eq!(clients(world, generation), [""; 0], "clients met generation {generation}");
         }
         assert_eq!(master.serving(), workers, "the old generation has been touched");
         load.answered(100);
@@ -94,13 +102,13 @@ fn no_client_meets_an_unhealthy_worker(mode: &str) {
         assert_eq!(report.generations.keys().collect::<Vec<_>>(), [&1], "{report}");
 
         // The log shows clients where there are any: the same workers, not asked.
-        let load = Load::start(slow_accepts(world));
+        let load = begin_load(world);
         app.readiness = "notify";
         app.write();
         assert_eq!(master.upgrade().to, Some(4));
         load.answered(100);
         load.end_lossless();
-        assert!(others(world, 4).len() >= 100, "{:?}", others(world, 4));
+        assert!(clients(world, 4).len() >= 100, "{:?}", clients(world, 4));
         master.stop();
     });
 }
@@ -128,7 +136,7 @@ fn every_worker_passes_for_itself(mode: &str) {
         let mut app = asked(world, mode).upgrade("ready_timeout = \"30s\"");
         app.upgrade.remove(0);
         let master = Master::start(world, &app);
-        let load = Load::start(slow_accepts(world));
+        let load = begin_load(world);
         for (generation, (answers, passes, times)) in (2..).zip(ANSWERS) {
             let mut next = app.clone().probe(format!("passes = {passes}"));
             next.command = changed(world, mode, &format!("--health {answers}"));

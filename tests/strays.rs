@@ -166,6 +166,39 @@ fn a_worker_that_takes_more_than_v6only_is_not_taken() {
     });
 }
 
+/// What is bound to another address is in another group of the kernel's, which would take connections from the first.
+#[test]
+fn a_group_stays_where_it_is() {
+    world(&[Need::Root, Need::Bpf], |world| {
+        for (mode, engine) in [("plain", "ebpf"), ("sdk", "cbpf")] {
+            let mut app = App::test_worker(world, &format!("--mode {mode}")).workers(2).engine(engine);
+            app.listen = vec![named("any", "0.0.0.0:8080")];
+            let master = Master::start(world, &app);
+            let load = Load::start(on(world, world.address));
+            app.command = test_worker(&format!("--mode {mode} --dual-stack"));
+            app.write();
+            let (code, receipt) = master.failing_upgrade();
+            let reason = receipt.reason.unwrap_or_default();
+            assert_eq!((code, receipt.outcome), (1, Outcome::RolledBack), "{reason}");
+            assert!(reason.contains("[::]:8080 while 0.0.0.0:8080 is served"), "{reason}");
+            load.answered(100);
+            load.end_lossless();
+            // Sockets of the master go where those of the workers are.
+            master.stop();
+            app.write();
+            let master = Master::start(world, &app);
+            let load = Load::start(on(world, "[::1]:8080".parse().unwrap()));
+            let mut passed = app.clone().bind_master();
+            passed.command = test_worker("--mode activated");
+            passed.write();
+            master.hup();
+            load.answered_by(2);
+            load.end_lossless();
+            master.stop();
+        }
+    });
+}
+
 #[test]
 fn a_dual_stack_listener_serves_both_families() {
     world(&[Need::Root, Need::Bpf], |world| {

@@ -1,6 +1,5 @@
 //! The master's side of the handover channel.
 
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use reuseportd_core::{Event, GroupId, ListenerId, Order, WorkerId};
@@ -8,6 +7,7 @@ use reuseportd_sys::socket;
 use reuseportd_wire::channel::{ChannelError, DATAGRAM_BYTES_MAX, FromWorker, ToWorker};
 
 use super::Shell;
+use super::place::check_bound;
 use super::process::printable;
 
 /// Messages handled before others have their turn.
@@ -80,16 +80,18 @@ impl Shell {
         for (name, fd) in names.iter().zip(fds) {
             let named =
                 self.launch_of(worker).and_then(|launch| launch.listeners().find(|(_, l)| l.name == *name));
-            let Some((group, address)) = named.map(|(group, listen)| (group, listen.address)) else {
+            let Some((group, bound)) = named.map(|(group, listen)| (group, check_bound(fd.as_fd(), listen)))
+            else {
                 self.set_wrong(
                     worker,
                     format!("its ready names the listener {name:?}, which is not configured"),
                 );
                 continue;
             };
-            match check_bound(&fd, address)
-                .and_then(|()| self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string()))
-            {
+            let taken = bound.and_then(|bound| self.note_bound(group, bound)).and_then(|()| {
+                self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string())
+            });
+            match taken {
                 Ok(listener) => listeners.push((group, listener)),
                 Err(what) => self.set_wrong(worker, format!("its listener {name:?}: {what}")),
             }
@@ -129,19 +131,4 @@ impl Shell {
             tracing::warn!(worker = worker.0, %error, "cannot speak to a worker");
         }
     }
-}
-
-fn check_bound(fd: &OwnedFd, address: SocketAddr) -> Result<(), String> {
-    let bound =
-        socket::local_addr(fd.as_fd()).map_err(|error| format!("it is no socket of this kind: {error}"))?;
-    if bound != address {
-        return Err(format!("it is bound to {bound}, not to {address}"));
-    }
-    if !socket::is_reuseport(fd.as_fd()).unwrap_or(false) {
-        return Err("it is not set SO_REUSEPORT".to_owned());
-    }
-    if socket::is_listening(fd.as_fd()).unwrap_or(true) {
-        return Err("it listens already; the master calls listen()".to_owned());
-    }
-    Ok(())
 }

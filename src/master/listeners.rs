@@ -104,6 +104,11 @@ impl Listeners {
         handles.find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false)).map(AsFd::as_fd)
     }
 
+    /// Whether there is any in this group.
+    pub(super) fn is_used(&self, group: GroupId) -> bool {
+        self.by_id.values().any(|listener| listener.group == group)
+    }
+
     /// The listener of a socket.
     pub(super) fn by_cookie(&self, group: GroupId, cookie: u64) -> Option<ListenerId> {
         self.by_id.iter().find(|(_, l)| l.group == group && l.cookie == cookie).map(|(id, _)| *id)

@@ -9,8 +9,8 @@ use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Member, Prob
 use reuseportd_sys::diag::{self, Family, Protocol, Query, Socket, states};
 use reuseportd_sys::{pidfd, procfs, socket};
 
-use super::Shell;
 use super::launch::Launch;
+use super::{Shell, place};
 use crate::config::{Bind, Listen, clash};
 
 /// How often a dump is asked for again after the kernel said that it changed underneath.
@@ -78,7 +78,7 @@ impl Shell {
         for (id, listen) in own.filter(|(_, listen)| listen.bind == Bind::Worker) {
             let here: Vec<Held> = held.iter().filter(|held| serves(&held.socket, listen)).cloned().collect();
             if here.is_empty() {
-                return Err(not_here(id, listen.address, &held));
+                return Err(not_here(id, listen, &held));
             }
             for held in here {
                 wanted.push((id, listen.address, held));
@@ -86,12 +86,13 @@ impl Shell {
         }
         let mut handles = Vec::new();
         for (id, address, held) in wanted {
+            self.note_bound(id, held.socket.local)
+                .map_err(|text| Missing::Never(Problem::WrongAddress(id), text))?;
             let handle = take_handle(id, address, &held)?;
             handles.push((id, held, handle));
         }
         let mut found = Vec::new();
         for (id, held, handle) in handles {
-            self.groups.note_bound(id, held.socket.local);
             let owner = Some((held.pid, held.number));
             found.push((id, self.listeners.add(id, worker, owner, handle).map_err(failed)?));
         }
@@ -219,28 +220,17 @@ fn held_by(pid: i32, listening: &[Socket]) -> io::Result<Vec<Held>> {
     denied.filter(|_| held.is_empty()).map_or(Ok(held), Err)
 }
 
-/// Whether a listener takes what arrives at a configured address: itself, or a dual-stack `[::]` for `0.0.0.0`.
 fn serves(socket: &Socket, listen: &Listen) -> bool {
-    let is_v6only = socket.v6only.unwrap_or(false);
-    let is_dual_stack = socket.local.is_ipv6() && socket.local.ip().is_unspecified() && !is_v6only;
-    if socket.local == listen.address {
-        return is_v6only || !listen.v6only || !is_dual_stack;
-    }
-    let is_any_v4 = listen.address.is_ipv4() && listen.address.ip().is_unspecified();
-    socket.local.port() == listen.address.port() && is_dual_stack && is_any_v4
+    place::serves(socket.local, socket.v6only.unwrap_or(false), listen)
 }
 
-fn not_here(id: GroupId, address: SocketAddr, held: &[Held]) -> Missing {
+fn not_here(id: GroupId, listen: &Listen, held: &[Held]) -> Missing {
     if held.is_empty() {
-        let text = format!("it does not listen on {address}");
+        let text = format!("it does not listen on {}", listen.address);
         return Missing::NotYet(Problem::NotListening(id), text);
     }
-    let elsewhere: BTreeSet<String> = held.iter().map(|held| held.socket.local.to_string()).collect();
-    let elsewhere = elsewhere.into_iter().collect::<Vec<_>>().join(", ");
-    let text = format!(
-        "it listens on {elsewhere}, not on {address}: make it bind {address}, or change [[listen]] address"
-    );
-    Missing::NotYet(Problem::WrongAddress(id), text)
+    let places: Vec<SocketAddr> = held.iter().map(|held| held.socket.local).collect();
+    Missing::NotYet(Problem::WrongAddress(id), place::elsewhere(&places, listen))
 }
 
 /// The worker's descriptors can't be seen at all.
@@ -279,44 +269,4 @@ fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd,
         return Err(Missing::Never(Problem::NoReuseport(id), text));
     }
     Ok(handle)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn is_served(local: &str, socket_v6only: bool, address: &str, v6only: bool) -> bool {
-        let local = local.parse().unwrap();
-        let socket = Socket {
-            state: states::LISTEN,
-            local,
-            remote: local,
-            inode: 1,
-            cookie: 1,
-            uid: 0,
-            recv_queue: 0,
-            send_queue: 0,
-            drops: None,
-            v6only: Some(socket_v6only),
-        };
-        let listen = Listen {
-            name: "x".into(),
-            address: address.parse().unwrap(),
-            bind: Bind::Worker,
-            v6only,
-            backlog: 1,
-        };
-        serves(&socket, &listen)
-    }
-
-    #[test]
-    fn a_dual_stack_listener_serves_the_ipv4_address() {
-        assert!(is_served("127.0.0.1:80", false, "127.0.0.1:80", false));
-        assert!(is_served("[::]:80", false, "0.0.0.0:80", false));
-        assert!(!is_served("[::]:80", true, "0.0.0.0:80", false));
-        assert!(!is_served("[::]:80", false, "127.0.0.1:80", false));
-        assert!(!is_served("0.0.0.0:80", false, "[::]:80", false));
-        assert!(is_served("[::]:80", true, "[::]:80", true));
-        assert!(!is_served("[::]:80", false, "[::]:80", true), "it would take IPv4 as well");
-    }
 }

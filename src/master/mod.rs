@@ -13,6 +13,7 @@ mod look;
 mod notifications;
 mod output;
 mod perform;
+mod place;
 mod process;
 mod prove;
 mod reload;

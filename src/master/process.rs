@@ -32,7 +32,7 @@ pub(super) struct Process {
     pub(super) last_lines: LastLines,
 }
 
-/// The last lines a worker printed.
+/// The last lines a worker printed. Of a stack trace the frames go first, for what it is about may stand before them.
 #[derive(Debug, Default, Clone)]
 pub(super) struct LastLines(VecDeque<String>);
 
@@ -41,7 +41,9 @@ impl LastLines {
     pub(super) fn push(&mut self, line: &[u8]) {
         let cut = line.get(..LINE_BYTES_KEPT).unwrap_or(line);
         if self.0.len() == LINES_KEPT {
-            self.0.pop_front();
+            // Indented; of a tab `printable` has made `\t`.
+            let is_frame = |line: &String| line.starts_with([' ', '\\']);
+            self.0.remove(self.0.iter().position(is_frame).unwrap_or(0));
         }
         self.0.push_back(printable(&String::from_utf8_lossy(cut)));
     }
@@ -70,5 +72,18 @@ mod tests {
         let text = lines.join().unwrap();
         assert!(!text.contains("line 9 ") && text.starts_with("line 10 \\u{1b}[31mxx"), "{text}");
         assert!(text.len() < LINES_KEPT * (LINE_BYTES_KEPT + 20));
+    }
+
+    #[test]
+    fn the_head_of_a_stack_trace_is_kept() {
+        for indent in ["    ", "\t"] {
+            let mut lines = LastLines::default();
+            lines.push(b"SyntaxError: unexpected end");
+            for n in 0..20 {
+                lines.push(format!("{indent}at frame {n}").as_bytes());
+            }
+            let text = lines.join().unwrap();
+            assert!(text.starts_with("SyntaxError") && text.ends_with("at frame 19"), "{text}");
+        }
     }
 }

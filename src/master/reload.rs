@@ -72,6 +72,17 @@ impl Shell {
         for listen in &new.listen {
             let in_use = self.groups.iter().map(|(_, group)| (group.address, group.v6only));
             let mut others = in_use.filter(|place| *place != listen.place());
+            if self
+                .groups
+                .iter()
+                .any(|(_, group)| group.address == listen.address && group.v6only != listen.v6only)
+            {
+                return Err(format!(
+                    "listen {:?}: v6only of {} can't change in an upgrade: the kernel does not steer between sockets \
+                     with and without it; restart the service to change it",
+                    listen.name, listen.address
+                ));
+            }
             if let Some(((other, _), why)) =
                 others.find_map(|other| Some((other, config::clash(other, listen.place())?)))
             {

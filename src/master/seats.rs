@@ -1,6 +1,7 @@
 //! Sockets the master makes for seats, and how their workers find them: the LISTEN_FDS protocol.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use reuseportd_core::{Generation, GroupId, ListenerId, Seat};
@@ -44,7 +45,13 @@ impl Shell {
         let listen = launch.listeners().find(|(of, _)| *of == group).map(|(_, listen)| listen);
         let listen = listen.ok_or(nix::libc::ENOENT)?;
         let uid = launch.config.app.identity.uid;
-        let made = make(listen, uid).and_then(|socket| self.listeners.add_seat(group, seat, socket));
+        // Beside those of workers, wherever those are: a worker's [::] may serve a configured 0.0.0.0.
+        let used = self.groups.of(group).filter(|_| self.listeners.is_used(group));
+        let address = used.and_then(|group| group.bound).unwrap_or(listen.address);
+        let made = make(listen, address, uid).and_then(|socket| self.listeners.add_seat(group, seat, socket));
+        if made.is_ok() {
+            self.groups.note_bound(group, address);
+        }
         made.map_err(|error| {
             tracing::error!(listener = listen.name, seat = seat.0, %error, "cannot make the socket of a seat");
             errno(&error)
@@ -63,17 +70,17 @@ impl Shell {
 
 /// A group of sockets belongs to one uid: the socket gets the workers' before it is bound, so that programs that bind
 /// for themselves can be in the same group.
-fn make(listen: &Listen, uid: Option<rustix::fs::Uid>) -> io::Result<OwnedFd> {
-    let socket = Socket::new(Domain::for_address(listen.address), Type::STREAM.cloexec(), None)?;
+fn make(listen: &Listen, address: SocketAddr, uid: Option<rustix::fs::Uid>) -> io::Result<OwnedFd> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None)?;
     if uid.is_some() {
         rustix::fs::fchown(&socket, uid, None)?;
     }
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
-    if listen.address.is_ipv6() {
+    if address.is_ipv6() {
         socket.set_only_v6(listen.v6only)?;
     }
-    socket.bind(&listen.address.into())?;
+    socket.bind(&address.into())?;
     socket::listen(socket.as_fd(), i32::try_from(listen.backlog).unwrap_or(i32::MAX))?;
     Ok(socket.into())
 }

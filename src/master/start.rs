@@ -20,6 +20,14 @@ use crate::config::{self, Config, LogFormat};
 
 /// Runs a master in the foreground until it ends.
 pub(crate) fn run(path: &Path, format: Option<LogFormat>, level: Option<tracing::Level>) -> ExitCode {
+    // First of all: until then a signal ends the process without a word.
+    let signals = match signals::reset_inherited().and_then(|()| SignalPipe::new()) {
+        Ok(signals) => signals,
+        Err(error) => {
+            eprintln!("cannot catch signals: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let config = match config::load(path) {
         Ok(config) => Rc::new(config),
         Err(errors) => {
@@ -28,7 +36,7 @@ pub(crate) fn run(path: &Path, format: Option<LogFormat>, level: Option<tracing:
         }
     };
     let log_level = log::start(format.unwrap_or(config.log.format), level.unwrap_or(config.log.level));
-    match prepare(&config, log_level, level) {
+    match prepare(&config, signals, log_level, level) {
         Ok(mut shell) => {
             let code = shell.run();
             tracing::info!(event = "ended", code, "the master ends");
@@ -43,12 +51,11 @@ pub(crate) fn run(path: &Path, format: Option<LogFormat>, level: Option<tracing:
 
 fn prepare(
     config: &Rc<Config>,
+    signals: SignalPipe,
     log_level: log::Level,
     log_level_override: Option<tracing::Level>,
 ) -> Result<Shell, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
-    signals::reset_inherited().map_err(|error| text(&error))?;
-    let signals = SignalPipe::new().map_err(|error| format!("cannot catch signals: {error}"))?;
     let nofile = limits::raise_nofile()
         .map_err(|error| tracing::warn!(%error, "cannot raise the limit of open files"));
     let runtime = Runtime::open(&config.control).map_err(|error| text(&error))?;

@@ -73,7 +73,7 @@ impl Master {
     fn check_listeners(&self) {
         for (id, listener) in &self.listeners {
             let lives = self.workers.contains_key(&listener.worker);
-            let is_vacant = listener.of_seat && Some(listener.generation) == self.active;
+            let is_vacant = self.waits_for_next(listener);
             assert!(lives || is_vacant || (listener.leaving && listener.handle), "{id:?} belongs to nobody");
             assert!(listener.key.is_none() || listener.listens, "{id:?} chosen before it listens");
         }

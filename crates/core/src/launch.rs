@@ -96,7 +96,8 @@ impl Master {
     /// Lets a queued upgrade begin once there is a place.
     pub(crate) fn advance_launch(&mut self) {
         let Some(Upgrade { to, step: UpgradeStep::Queued, .. }) = self.upgrade else { return };
-        if self.must_queue(to) {
+        // A program that could not be replaced may name slots that the sockets of seats would take.
+        if self.must_queue(to) || !self.groups.values().all(Group::is_told) {
             return;
         }
         self.enter_step(UpgradeStep::Launching);
@@ -211,8 +212,8 @@ impl Master {
 
     fn begin_steering(&mut self, to: Generation) -> bool {
         self.enter_step(UpgradeStep::Steering(self.groups.keys().copied().collect()));
-        self.take_seats(to);
         self.aim(&[(to, 1000)]);
+        self.take_seats(to);
         let groups: Vec<GroupId> = self.groups.keys().copied().collect();
         for group in groups {
             self.pump(group);
@@ -287,13 +288,11 @@ impl Master {
 
     /// Ends a worker that never served: nobody can have been given to it.
     pub(crate) fn end_unproven(&mut self, id: WorkerId) {
-        let active = self.active;
         for listener in self.listeners_of(id) {
-            // The socket of a seat waits for the next worker.
+            let is_kept = self.listeners.get(&listener).is_some_and(|listener| self.waits_for_next(listener));
             // Under `cbpf` one that listens leaves when its worker has ended: before, its slot would not go with the handle.
-            if let Some(listener) = self.listeners.get_mut(&listener) {
-                let is_kept = listener.of_seat && Some(listener.generation) == active;
-                listener.leaving |= !is_kept && (!listener.listens || self.engine != Engine::Cbpf);
+            if let Some(listener) = self.listeners.get_mut(&listener).filter(|_| !is_kept) {
+                listener.leaving |= !listener.listens || self.engine != Engine::Cbpf;
             }
         }
         self.timers.disarm(Timer::Ready(id));

@@ -197,12 +197,12 @@ impl Master {
     fn proven(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = WorkerState::Ready;
-        let generation = worker.generation;
+        let (generation, seat) = (worker.generation, worker.seat);
         self.timers.disarm(Timer::Ready(id));
         self.timers.disarm(Timer::Look(id));
         self.report(Report::WorkerReady(id));
         if self.active == Some(generation) {
-            self.take_seat(id);
+            self.take_seat(generation, seat);
             self.join(id, false);
         }
     }
@@ -213,7 +213,9 @@ impl Master {
             worker.state = WorkerState::Joining { unproven };
         }
         for listener in self.listeners_of(id) {
-            if self.listeners.get(&listener).is_some_and(|listener| !listener.listens) {
+            let bound = self.listeners.get(&listener).filter(|listener| !listener.listens);
+            if let Some(group) = bound.map(|listener| listener.group) {
+                self.outdate_looks(group);
                 self.push(Command::Listen { listener });
             }
         }
@@ -225,7 +227,7 @@ impl Master {
         let worker = listener.worker;
         listener.listens |= result.is_ok();
         let group = listener.group;
-        self.outdate_looks(group);
+        self.note_slot(group);
         let Some(record) = self.workers.get(&worker) else { return };
         match (record.state, result) {
             (WorkerState::Joining { .. }, Ok(())) => self.all_listen(worker),

@@ -7,11 +7,15 @@ use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
 use alloc::vec::Vec;
 
+/// No worker has this number.
+const NOBODY: WorkerId = WorkerId(0);
+
 impl Master {
     /// Has the sockets made that this seat lacks.
     pub(crate) fn bind_seat(&mut self, generation: Generation, seat: Seat, worker: WorkerId) {
         for group in self.seat_groups(generation) {
             if self.seat_listener(group, seat).is_none() {
+                self.outdate_looks(group);
                 self.push(Command::Bind { group, worker, generation, seat });
             }
         }
@@ -39,9 +43,9 @@ impl Master {
                     of_seat: true,
                     handle: true,
                     listens: true,
-                    // Of the generation that serves it waits for the next worker.
-                    leaving: state.is_ending() && self.active != Some(generation),
-                    by_shutdown: false,
+                    leaving: state.is_ending() && !self.may_wait(group, generation),
+                    // Workers of several generations had it, and what they left behind may hold it still.
+                    by_shutdown: true,
                     key: None,
                     settling: Settling::Settled,
                     depth: None,
@@ -49,7 +53,7 @@ impl Master {
                     gone: false,
                 };
                 self.listeners.insert(id, listener);
-                self.outdate_looks(group);
+                self.note_slot(group);
             }
             (Some((_, seat, state)), Err(errno)) if !state.is_ending() => {
                 self.fail_worker(worker, Reason::BindFailed(seat, group, errno))
@@ -59,13 +63,14 @@ impl Master {
         }
     }
 
-    /// From now on the seat's sockets are this worker's: what it had before it leaves behind goes its own way.
-    pub(crate) fn take_seat(&mut self, worker: WorkerId) {
-        let Some((generation, seat)) = self.workers.get(&worker).map(|w| (w.generation, w.seat)) else {
-            return;
-        };
+    /// From now on the seat's sockets are its present worker's, or wait for the next one, where the generation is wanted.
+    pub(crate) fn take_seat(&mut self, generation: Generation, seat: Seat) {
+        let record = self.generations.get(&generation);
+        let place = record.and_then(|record| record.seats.get(usize::from(seat.0)));
+        let worker = place.and_then(|place| place.worker).unwrap_or(NOBODY);
         for group in self.seat_groups(generation) {
-            let Some(id) = self.seat_listener(group, seat) else { continue };
+            let wanted = self.seat_listener(group, seat).filter(|_| self.is_wanted(group, generation));
+            let Some(id) = wanted else { continue };
             let Some(listener) = self.listeners.get_mut(&id) else { continue };
             listener.worker = worker;
             listener.generation = generation;
@@ -73,11 +78,26 @@ impl Master {
         }
     }
 
-    /// Every worker of the generation takes its seat's sockets.
+    /// All seats of the generation take their sockets.
     pub(crate) fn take_seats(&mut self, generation: Generation) {
-        for worker in self.workers_of(generation) {
-            self.take_seat(worker);
+        let seats = self.generations.get(&generation).map_or(0, |record| record.plan.workers);
+        for seat in 0..seats {
+            self.take_seat(generation, Seat(seat));
         }
+    }
+
+    /// It belongs to a seat, and without a worker it waits for the seat's next one.
+    pub(crate) fn waits_for_next(&self, listener: &Listener) -> bool {
+        listener.of_seat && self.may_wait(listener.group, listener.generation)
+    }
+
+    /// The generation serves, or is about to.
+    fn may_wait(&self, group: GroupId, generation: Generation) -> bool {
+        self.active == Some(generation) || self.is_wanted(group, generation)
+    }
+
+    fn is_wanted(&self, group: GroupId, generation: Generation) -> bool {
+        self.groups.get(&group).is_some_and(|group| group.wants(generation))
     }
 
     /// Sockets of seats nobody sits on any more, and nobody will.

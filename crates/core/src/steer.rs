@@ -129,6 +129,14 @@ impl Master {
         }
     }
 
+    /// A socket has begun to listen: who has which slot can be told as long as nobody has left since.
+    pub(crate) fn note_slot(&mut self, id: GroupId) {
+        let is_seen = |group: &Group| group.looks > group.looks_outdated;
+        if self.engine == Engine::Cbpf && !self.groups.get(&id).is_some_and(is_seen) {
+            self.observe(id);
+        }
+    }
+
     /// Without steering the master holds nothing back.
     fn let_go(&mut self, id: GroupId) {
         let of_group = self

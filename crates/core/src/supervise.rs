@@ -3,7 +3,6 @@
 use crate::command::{Command, Reason, Report, Signal};
 use crate::event::Exit;
 use crate::generation::{GenerationState, UpgradeStep};
-use crate::group::Listener;
 use crate::id::{Generation, Seat, WorkerId};
 use crate::master::Master;
 use crate::timers::Timer;
@@ -78,13 +77,11 @@ impl Master {
         for timer in [Timer::Kill(id), Timer::Remains(id), Timer::Ready(id), Timer::Look(id)] {
             self.timers.disarm(timer);
         }
-        // The socket of a seat waits for the next worker.
-        let active = self.active;
-        let is_kept = |listener: &Listener| listener.of_seat && Some(listener.generation) == active;
         for listener in self.listeners_of(id) {
+            let is_kept = self.listeners.get(&listener).is_some_and(|listener| self.waits_for_next(listener));
             let Some(record) = self.listeners.get_mut(&listener) else { continue };
             let group = record.group;
-            record.leaving = !is_kept(record);
+            record.leaving = !is_kept;
             if !record.handle {
                 self.forget_listener(listener);
             }

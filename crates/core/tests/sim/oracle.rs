@@ -282,7 +282,7 @@ impl Oracle {
     pub(crate) fn lost(&mut self, loss: Loss, now: u64, kernel: &Kernel, workers: &Workers) {
         let Some(client) = self.clients.remove(&loss.connection) else { return };
         let socket = &kernel.sockets[&loss.listener];
-        if let Some(seat) = socket.seat {
+        if let Some(seat) = socket.seat.filter(|seat| kernel.is_latest(loss.listener, *seat)) {
             assert!(!self.protocol.keeps(socket.group, seat), "{loss:?} from {seat:?}: {socket:?}");
         }
         if client.excused || self.protocol.is_stopping() || self.engine == Engine::None {
@@ -298,10 +298,12 @@ impl Oracle {
         }
         let last = self.last_worker(socket, workers);
         let owner = last.map(|owner| &workers[&owner]);
+        // The seat had no worker when it was given up.
+        let is_vacant = socket.seat.is_some() && last.is_some_and(|last| !self.protocol.is_ready(last));
         // At an address that is no more nobody is left to go to if a worker drops what it has.
         if self.engine == Engine::Ebpf
             && is_removed
-            && owner.is_some_and(|worker| worker.deserted || !worker.drained)
+            && (is_vacant || owner.is_some_and(|worker| worker.deserted || !worker.drained))
         {
             self.tally.excused += 1;
             return;
@@ -309,8 +311,9 @@ impl Oracle {
         // Unmodified workers are told to stop only when nothing waits; the others are trusted to empty their queues.
         let was_cut = |id: WorkerId, worker: &Worker| {
             let is_told = worker.temper.handover && !worker.temper.is_orderly();
-            let is_vacant = socket.seat.is_some() && !self.protocol.is_ready(id);
-            worker.deserted || is_vacant || (!worker.runs && (is_told || !self.protocol.has_left(id)))
+            let is_hasty = is_told && worker.drained;
+            let is_cut = !worker.runs && (is_told || !self.protocol.has_left(id));
+            worker.deserted || is_vacant || is_hasty || is_cut
         };
         if self.engine == Engine::Cbpf
             && last.is_some_and(|id| was_cut(id, &workers[&id]))
@@ -333,6 +336,7 @@ impl Oracle {
     fn has_taker(&self, group: GroupId, workers: &Workers) -> bool {
         let serves = |id: &WorkerId, worker: &Worker| {
             worker.temper.handover
+                && worker.serves
                 && worker.runs
                 && self.is_steered_to(group, worker.generation)
                 && self.protocol.is_serving(*id)

@@ -3,8 +3,8 @@
 use crate::kernel::{Holder, Kernel, Stage};
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Readiness, Reason,
-    Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, WorkerId,
+    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Phase, Plan, Readiness,
+    Reason, Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -46,7 +46,7 @@ pub(crate) struct Protocol {
     respawns: BTreeMap<(Generation, Seat), Respawns>,
     plans: BTreeMap<Generation, Plan>,
     active: Option<Generation>,
-    /// All that ever were.
+    /// All that it was ever steered to, or nearly.
     served: BTreeSet<Generation>,
     /// Launched, and its end not told.
     launching: Option<Generation>,
@@ -109,7 +109,7 @@ impl Protocol {
         self.promises(group) && self.active.is_some_and(|active| has_seat(&self.plans[&active], group, seat))
     }
 
-    /// The generation serves, or has served.
+    /// The generation serves, or has served, or was about to.
     pub(crate) fn has_served(&self, generation: Generation) -> bool {
         self.served.contains(&generation)
     }
@@ -391,6 +391,9 @@ impl Protocol {
                 self.plans.insert(*generation, plans[generation].clone());
                 self.launching = Some(*generation);
             }
+            Report::Entered(generation, Phase::Steering) => {
+                self.served.insert(*generation);
+            }
             Report::WorkerReady(worker) => self.proven(*worker),
             Report::Replaced(worker, _) => self.life(*worker).replaced = true,
             Report::SteerFailed(group, _) => {
@@ -404,7 +407,6 @@ impl Protocol {
                     assert!(self.lives.values().any(filled), "switched without {:?}", Seat(seat));
                 }
                 self.active = Some(*generation);
-                self.served.insert(*generation);
             }
             Report::Ended(receipt) => self.ended(receipt),
             Report::Respawning(generation, seat, pause) => self.respawning(*generation, *seat, *pause, now),

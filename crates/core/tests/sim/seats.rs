@@ -12,6 +12,13 @@ impl Kernel {
         };
         self.sockets.iter().rev().find(|(_, socket)| is_it(socket)).map(|(id, _)| *id)
     }
+
+    /// Nothing was made for this seat after this.
+    pub(crate) fn is_latest(&self, listener: ListenerId, seat: Seat) -> bool {
+        let group = self.sockets[&listener].group;
+        let mut later = self.sockets.range(listener..).skip(1);
+        !later.any(|(_, socket)| socket.group == group && socket.seat == Some(seat))
+    }
 }
 
 impl World {
@@ -57,10 +64,23 @@ impl World {
         self.plan_accept(id);
     }
 
-    /// It closes what it bound itself, although nobody asked.
+    /// It closes what it bound itself, although nobody asked; if all did, nothing could be promised.
     pub(crate) fn desert(&mut self, id: WorkerId) {
         let own = |listener: &ListenerId| self.kernel.sockets[listener].seat.is_none();
         let sockets: Vec<ListenerId> = self.workers[&id].sockets.iter().copied().filter(own).collect();
+        let is_other = |listener: &ListenerId| {
+            let owner = self.kernel.sockets[listener].owner;
+            owner.is_some_and(|owner| {
+                owner != id && self.workers[&owner].runs && !self.workers[&owner].deserted
+            })
+        };
+        let is_last = |own: &ListenerId| {
+            let group = self.kernel.sockets[own].group;
+            !self.kernel.groups.get(&group).is_some_and(|group| group.slots.iter().any(is_other))
+        };
+        if sockets.iter().any(is_last) {
+            return;
+        }
         for listener in &sockets {
             self.close_listener(id, *listener);
         }
