@@ -71,21 +71,16 @@ impl Shell {
     fn check_overlap(&self, new: &Config) -> Result<(), String> {
         for listen in &new.listen {
             let in_use = self.groups.iter().map(|(_, group)| (group.address, group.v6only));
-            let mut others = in_use.filter(|place| *place != listen.place());
-            if self
-                .groups
-                .iter()
-                .any(|(_, group)| group.address == listen.address && group.v6only != listen.v6only)
-            {
+            let others: Vec<_> = in_use.filter(|place| *place != listen.place()).collect();
+            if others.iter().any(|(address, _)| address == listen.address) {
                 return Err(format!(
                     "listen {:?}: v6only of {} can't change in an upgrade: the kernel does not steer between sockets \
                      with and without it; restart the service to change it",
                     listen.name, listen.address
                 ));
             }
-            if let Some(((other, _), why)) =
-                others.find_map(|other| Some((other, config::clash(other, listen.place())?)))
-            {
+            let clash = |other: &(_, bool)| Some((other.0, config::clash(*other, listen.place())?));
+            if let Some((other, why)) = others.iter().find_map(clash) {
                 return Err(format!(
                     "listen {:?}: {} can't be added while {other} is served: the kernel would give it connections \
                      before its workers are ready ({why}); restart the service to change it",

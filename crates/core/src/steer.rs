@@ -3,7 +3,7 @@
 use crate::command::{Command, Report};
 use crate::event::GroupView;
 use crate::generation::UpgradeStep;
-use crate::group::{After, Group, InForce, Listener, Work};
+use crate::group::{After, Group, InForce, Listener, Settling, Work};
 use crate::id::{Generation, GroupId, ListenerId};
 use crate::master::Master;
 use crate::plan::Engine;
@@ -97,8 +97,11 @@ impl Master {
     pub(crate) fn steerable(&self, id: GroupId) -> Vec<ListenerId> {
         let choosable = self.choosable(id);
         let Some(group) = self.groups.get(&id).filter(|_| choosable.is_empty()) else { return choosable };
-        let is_held =
-            |l: &Listener| l.group == id && group.wants(l.generation) && l.listens && l.handle && !l.gone;
+        // One that was not chosen before its worker ended was perhaps never ready.
+        let is_held = |l: &Listener| {
+            let is_there = l.listens && l.handle && !l.gone;
+            l.group == id && group.wants(l.generation) && is_there && l.settling != Settling::Settled
+        };
         self.listeners.iter().filter(|(_, l)| is_held(l)).map(|(id, _)| *id).collect()
     }
 
