@@ -30,7 +30,7 @@ fn asked(world: &World, mode: &str) -> App {
     app.probe("interval = \"20ms\"").probe("path = \"/healthz?deep\"")
 }
 
-/// `log` is put in front of what a worker does differently.
+/// The worker's command line: what all have in common, and something besides.
 fn options(mode: &str, others: &str) -> String {
     format!("--mode {mode} --accept-delay 4 {others}")
 }

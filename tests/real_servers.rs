@@ -1,9 +1,10 @@
-//! Servers as they are installed, which know nothing of this program: the very configs in `examples/servers`.
+//! Servers as they are installed, which know nothing of this program, under the very configs in `examples/servers`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use reuseportd_bench::Spec;
 use reuseportd_wire::status::Outcome;
 
 use crate::support::app::App;
@@ -12,17 +13,16 @@ use crate::support::master::Master;
 use crate::support::rounds;
 use crate::support::world::{Need, World, repository, world};
 
-const EXAMPLES: &str = "examples/servers/";
-/// The address of every example.
+const EXAMPLES: &str = "examples/servers";
+/// The address in all of them.
 const ADDRESS: &str = "127.0.0.1:8080";
+/// Node as `.ci/run` installs it where the machine's own is too old.
+const OUR_NODE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/node_modules/.bin/node");
 
-/// An example, and a mistake to make in one of its files.
+/// An example, and a mistake to make in it.
 struct Server {
-    toml: &'static str,
-    needs: &'static [Need],
-    engines: &'static [&'static str],
-    /// Whether its answers say which generation they come from.
-    is_tagged: bool,
+    name: &'static str,
+    program: Need,
     file: &'static str,
     right: &'static str,
     wrong: &'static str,
@@ -30,25 +30,33 @@ struct Server {
     says: &'static str,
 }
 
-/// The examples moved into the test's directory, so that mistakes can be made in them and nothing is left behind.
-fn copy(world: &World) -> String {
-    let directory = world.path("servers/").to_str().unwrap().to_owned();
+/// Four hundred new connections a second, bursts on top, and clients that the server would cut if it were stopped
+/// while they are connected.
+fn load(world: &World) -> Spec {
+    let mut spec = spec(world).rate(400.0).burst(100, Duration::from_millis(500)).slow(10);
+    spec.keep_alive_requests = 25;
+    spec.keep_alive(10, Duration::from_millis(20))
+}
+
+/// The examples in a directory of the test's, so that mistakes can be made in them and nothing is left behind.
+fn copy(world: &World) -> PathBuf {
+    let directory = world.path("servers");
     fs::create_dir(&directory).unwrap();
-    for entry in
-        fs::read_dir(repository(EXAMPLES)).unwrap().map(Result::unwrap).filter(|e| e.path().is_file())
-    {
-        let text = fs::read_to_string(entry.path()).unwrap().replace(ADDRESS, &world.address.to_string());
-        fs::write(Path::new(&directory).join(entry.file_name()), text).unwrap();
+    let files = fs::read_dir(repository(EXAMPLES)).unwrap().map(|entry| entry.unwrap().path());
+    for file in files.filter(|path| path.is_file()) {
+        let text = fs::read_to_string(&file).unwrap().replace(ADDRESS, &world.address.to_string());
+        fs::write(directory.join(file.file_name().unwrap()), text).unwrap();
     }
     directory
 }
 
-/// The example's config as it is, but for places and names of this test.
-fn app(world: &World, directory: &str, toml: &str, engine: &str) -> App {
-    let text = fs::read_to_string(Path::new(directory).join(toml)).unwrap();
+/// The example's config as it is, but for the places and names of this test.
+fn app(world: &World, directory: &Path, name: &str, engine: &str) -> App {
+    let text = fs::read_to_string(directory.join(name).with_extension("toml")).unwrap();
+    let directory = directory.to_str().unwrap();
     let text = text
-        .replace(EXAMPLES.trim_end_matches('/'), directory.trim_end_matches('/'))
-        .replace("/run/", directory)
+        .replace(EXAMPLES, directory)
+        .replace("/run/", &format!("{directory}/"))
         .replace("\"node\"", &format!("{:?}", node()))
         .replace("[app]\n", &format!("[app]\nname = {:?}\n", world.app));
     let socket = world.path("run/control.sock");
@@ -58,55 +66,52 @@ fn app(world: &World, directory: &str, toml: &str, engine: &str) -> App {
     app
 }
 
-/// Upgrades under load, one that fails, and another that does not: nothing is lost.
+/// Upgrades under load, one of which fails, with both engines.
 fn upgrades_lose_nothing(server: &Server) {
-    world(server.needs, |world| {
+    world(&[Need::Root, Need::Bpf, server.program], |world| {
         let directory = copy(world);
-        for engine in server.engines {
-            let master = Master::start(world, &app(world, &directory, server.toml, engine));
-            let load = Load::start(spec(world).rate(400.0).burst(100, Duration::from_millis(500)).slow(10));
+        // nginx has no way to say it.
+        let says_generation = server.name != "nginx";
+        for engine in ["ebpf", "cbpf"] {
+            let master = Master::start(world, &app(world, &directory, server.name, engine));
+            let load = Load::start(load(world));
             for _ in 0..rounds(3, 5) {
-                let to = master.upgrade().to.unwrap();
-                if server.is_tagged {
-                    load.answered_by(to);
+                let generation = master.upgrade().to.unwrap();
+                if says_generation {
+                    load.answered_by(generation);
                 }
                 load.answered(100);
             }
-            let file = Path::new(&directory).join(server.file);
-            let text = fs::read_to_string(&file).unwrap();
-            assert!(text.contains(server.right), "{}", server.file);
-            fs::write(&file, text.replace(server.right, server.wrong)).unwrap();
-            let (code, receipt) = master.failing_upgrade();
-            assert_eq!((code, receipt.outcome), (1, Outcome::RolledBack), "{receipt:#?}");
-            let reason = receipt.reason.unwrap();
-            assert!(reason.contains(server.says), "{reason}");
-            fs::write(&file, text).unwrap();
+            fails(server, &master, &directory.join(server.file));
             load.answered(100);
             let report = load.end_lossless();
-            assert_eq!(report.untagged == 0, server.is_tagged, "answers of this very server");
+            assert_eq!(report.untagged == 0, says_generation, "answers of this very server");
             master.stop();
         }
     });
 }
 
-/// Node as `.ci/run` installs it where the machine's own is older.
-const NODE_HERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/node_modules/.bin/node");
-
-/// `reusePort` came with 23.1; older ones ignore it.
-const NEW_NODE: Need =
-    Need::Runs("node", &["-e", "process.exit(parseInt(process.versions.node) >= 23 ? 0 : 1)"]);
+/// An upgrade to a generation with the mistake.
+fn fails(server: &Server, master: &Master, file: &Path) {
+    let text = fs::read_to_string(file).unwrap();
+    assert!(text.contains(server.right), "{text}");
+    fs::write(file, text.replace(server.right, server.wrong)).unwrap();
+    let (code, receipt) = master.failing_upgrade();
+    assert_eq!((code, receipt.outcome), (1, Outcome::RolledBack), "{receipt:#?}");
+    let reason = receipt.reason.unwrap();
+    assert!(reason.contains(server.says), "{reason}");
+    fs::write(file, text).unwrap();
+}
 
 fn node() -> &'static str {
-    if Path::new(NODE_HERE).exists() { NODE_HERE } else { "node" }
+    if Path::new(OUR_NODE).exists() { OUR_NODE } else { "node" }
 }
 
 #[test]
 fn nginx() {
     upgrades_lose_nothing(&Server {
-        toml: "nginx.toml",
-        needs: &[Need::Root, Need::Runs("nginx", &["-v"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: false,
+        name: "nginx",
+        program: Need::Runs("nginx", &["-v"]),
         file: "nginx.conf",
         right: "return 200",
         wrong: "retrun 200",
@@ -117,10 +122,8 @@ fn nginx() {
 #[test]
 fn gunicorn() {
     upgrades_lose_nothing(&Server {
-        toml: "gunicorn.toml",
-        needs: &[Need::Bpf, Need::Runs("gunicorn", &["--version"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "gunicorn",
+        program: Need::Runs("gunicorn", &["--version"]),
         file: "wsgi.py",
         right: "import os",
         wrong: "import oss",
@@ -131,10 +134,8 @@ fn gunicorn() {
 #[test]
 fn uvicorn() {
     upgrades_lose_nothing(&Server {
-        toml: "uvicorn.toml",
-        needs: &[Need::Bpf, Need::Runs("uvicorn", &["--version"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "uvicorn",
+        program: Need::Runs("uvicorn", &["--version"]),
         file: "asgi.py",
         right: "import os",
         wrong: "import oss",
@@ -144,11 +145,11 @@ fn uvicorn() {
 
 #[test]
 fn node_http() {
+    const IS_NEW: &str =
+        "if (parseInt(process.versions.node) < 23) throw Error('reusePort needs Node 23.1 or later')";
     upgrades_lose_nothing(&Server {
-        toml: "node.toml",
-        needs: if node() == NODE_HERE { &[Need::Bpf] } else { &[Need::Bpf, NEW_NODE] },
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "node",
+        program: Need::Runs(node(), &["-e", IS_NEW]),
         file: "node.mjs",
         right: "const body",
         wrong: "constant body",
@@ -159,10 +160,8 @@ fn node_http() {
 #[test]
 fn haproxy() {
     upgrades_lose_nothing(&Server {
-        toml: "haproxy.toml",
-        needs: &[Need::Bpf, Need::Runs("haproxy", &["-v"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "haproxy",
+        program: Need::Runs("haproxy", &["-v"]),
         file: "haproxy.cfg",
         right: "mode http",
         wrong: "mode htpp",
@@ -173,10 +172,8 @@ fn haproxy() {
 #[test]
 fn caddy() {
     upgrades_lose_nothing(&Server {
-        toml: "caddy.toml",
-        needs: &[Need::Bpf, Need::Runs("caddy", &["version"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "caddy",
+        program: Need::Runs("caddy", &["version"]),
         file: "caddy.json",
         right: "static_response",
         wrong: "static_repsonse",
@@ -187,10 +184,8 @@ fn caddy() {
 #[test]
 fn puma() {
     upgrades_lose_nothing(&Server {
-        toml: "puma.toml",
-        needs: &[Need::Bpf, Need::Runs("puma", &["--version"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "puma",
+        program: Need::Runs("puma", &["--version"]),
         file: "puma.rb",
         right: "do |_environment|",
         wrong: "do |_environment",
@@ -201,10 +196,8 @@ fn puma() {
 #[test]
 fn java() {
     upgrades_lose_nothing(&Server {
-        toml: "java.toml",
-        needs: &[Need::Bpf, Need::Runs("java", &["--version"])],
-        engines: &["ebpf", "cbpf"],
-        is_tagged: true,
+        name: "java",
+        program: Need::Runs("javac", &["--version"]),
         file: "Server.java",
         right: "listener.accept()",
         wrong: "listener.acept()",

@@ -79,6 +79,11 @@ fn the_protocol_is_kept_to_the_letter() {
             assert_eq!(variable("LISTEN_PID"), pid.to_string());
             assert_eq!(variable("LISTEN_FDS"), "3");
             assert_eq!(variable("LISTEN_FDNAMES"), "web:a-6:m");
+            let ports = "127.0.0.1:8080=3;[::1]:8082=4;0.0.0.0:81=5";
+            assert_eq!(
+                (variable("SERVER_STARTER_PORT").as_str(), variable("SERVER_STARTER_GENERATION").as_str()),
+                (ports, "1")
+            );
             assert_eq!(variable("REUSEPORTD_CHANNEL"), "6", "behind the sockets");
             let mut numbers: Vec<u32> = fs::read_dir(format!("/proc/{pid}/fd"))
                 .unwrap()
@@ -220,7 +225,7 @@ fn modest(world: &World) -> Spec {
 }
 
 fn seats_come_and_go(engine: &'static str) {
-    world(needs_of(engine), |world| {
+    world(&[needs_of(engine), &[Need::Root]].concat(), |world| {
         let mut app = App::test_worker(world, SLOW).engine(engine);
         let master = Master::start(world, &app);
         let load = Load::start(modest(world));
@@ -249,7 +254,7 @@ fn seats_come_and_go_cbpf() {
 }
 
 fn failures_leave_nothing_behind(engine: &'static str) {
-    world(needs_of(engine), |world| {
+    world(&[needs_of(engine), &[Need::Root]].concat(), |world| {
         let app =
             App::test_worker(world, SLOW).workers(3).engine(engine).upgrade("ready_timeout = \"500ms\"");
         let master = Master::start(world, &app);
@@ -296,7 +301,7 @@ fn failures_leave_nothing_behind_cbpf() {
 
 /// From workers that bind to sockets of the master, and back.
 fn the_maker_changes(engine: &'static str, mode: &str) {
-    world(needs_of(engine), |world| {
+    world(&[needs_of(engine), &[Need::Root]].concat(), |world| {
         let by_worker = App::test_worker(world, &format!("--mode {mode} --accept-delay 4")).engine(engine);
         let by_master = App::test_worker(world, SLOW).engine(engine);
         let master = Master::start(world, &by_worker);

@@ -1,4 +1,4 @@
-// The server behind java.toml: a pool of threads, one request on each connection.
+// The server behind java.toml: a thread for each connection.
 
 import java.io.IOException;
 import java.net.InetSocketAddress;
@@ -12,8 +12,8 @@ import java.util.concurrent.Executors;
 public final class Server {
     private static final String BODY =
             "generation=" + System.getenv("REUSEPORTD_GENERATION") + " pid=" + ProcessHandle.current().pid() + "\n";
-    private static final byte[] RESPONSE = ("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/plain\r\n"
-            + "Content-Length: " + BODY.length() + "\r\n\r\n" + BODY).getBytes(StandardCharsets.US_ASCII);
+    private static final byte[] RESPONSE = ("HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: "
+            + BODY.length() + "\r\n\r\n" + BODY).getBytes(StandardCharsets.US_ASCII);
 
     public static void main(String[] arguments) throws IOException {
         var address = new InetSocketAddress(arguments[0], Integer.parseInt(arguments[1]));
@@ -31,13 +31,13 @@ public final class Server {
         try (connection) {
             var head = new StringBuilder();
             var bytes = ByteBuffer.allocate(4096);
-            while (head.indexOf("\r\n\r\n") < 0) {
-                if (connection.read(bytes.clear()) < 0) {
-                    return;
-                }
+            while (connection.read(bytes.clear()) >= 0) {
                 head.append(StandardCharsets.ISO_8859_1.decode(bytes.flip()));
+                if (head.indexOf("\r\n\r\n") >= 0) {
+                    connection.write(ByteBuffer.wrap(RESPONSE));
+                    head.setLength(0);
+                }
             }
-            connection.write(ByteBuffer.wrap(RESPONSE));
         } catch (IOException gone) {
             // The client has left; the others are served on.
         }

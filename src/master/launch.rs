@@ -140,7 +140,7 @@ impl Launch {
             (env::LISTEN, env::format_listen(&listen)),
             (env::CHANNEL, self.channel_number().to_string()),
         ];
-        own.extend(self.seat_variables());
+        own.extend(self.seat_variables(generation));
         variables.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
         variables.insert(env::NOTIFY_SOCKET.into(), shell.runtime.notify_path().into());
         variables

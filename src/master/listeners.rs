@@ -109,9 +109,9 @@ impl Listeners {
         self.by_id.values().any(|listener| listener.group == group)
     }
 
-    /// The listener of a socket.
-    pub(super) fn by_cookie(&self, group: GroupId, cookie: u64) -> Option<ListenerId> {
-        self.by_id.iter().find(|(_, l)| l.group == group && l.cookie == cookie).map(|(id, _)| *id)
+    /// A group's listeners by the kernel's name for each socket.
+    pub(super) fn by_cookie(&self, group: GroupId) -> BTreeMap<u64, ListenerId> {
+        self.by_id.iter().filter(|(_, l)| l.group == group).map(|(id, l)| (l.cookie, *id)).collect()
     }
 
     /// Takes a handle of a worker's listener again.
@@ -146,8 +146,8 @@ impl Listeners {
         self.by_id.retain(|_, listener| listener.worker != Some(worker) || listener.handle.is_some());
     }
 
-    /// Whether a process of this worker still holds the socket. Unknown counts as yes.
-    pub(super) fn is_owned(&self, id: ListenerId, pid: i32) -> bool {
+    /// Whether one of a worker's processes still holds the socket. Unknown counts as yes.
+    pub(super) fn is_owned(&self, id: ListenerId, pids: io::Result<Vec<i32>>) -> bool {
         let Some(listener) = self.by_id.get(&id) else { return false };
         if listener.owner.is_some_and(|(pid, number)| procfs::owns_socket(pid, number, listener.inode)) {
             return true;
@@ -158,6 +158,6 @@ impl Listeners {
                 |held| held.iter().any(|(_, inode)| *inode == listener.inode),
             )
         };
-        procfs::descendants(pid, pid).map_or(true, |pids| pids.into_iter().any(holds))
+        pids.map_or(true, |pids| pids.into_iter().any(holds))
     }
 }

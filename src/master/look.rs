@@ -67,8 +67,9 @@ impl Shell {
             let errno = super::groups::errno(&error);
             Missing::NotYet(Problem::Failed(errno), format!("looking for its listeners failed: {error}"))
         };
-        let listening = dump(None, states::LISTEN).map_err(failed)?;
-        let held = held_by(pid, &listening).map_err(|error| match self.launch_of(worker) {
+        let pids = self.processes_of(pid).map_err(failed)?;
+        let listening = self.listening().map_err(failed)?;
+        let held = held_by(&pids, listening).map_err(|error| match self.launch_of(worker) {
             Some(launch) if error.kind() == io::ErrorKind::PermissionDenied => hidden(launch, &error),
             _ => failed(error),
         })?;
@@ -118,8 +119,9 @@ impl Shell {
             .collect();
         let listening =
             sockets.into_iter().filter(|s| s.state == states::LISTEN && s.local == address).collect();
+        let known = self.listeners.by_cookie(id);
         for socket in diag::listen_order(listening) {
-            let listener = self.listeners.by_cookie(id, socket.cookie);
+            let listener = known.get(&socket.cookie).copied();
             view.members.push(Member { cookie: socket.cookie, listener });
             if let Some(listener) = listener {
                 let depth =
@@ -145,7 +147,7 @@ impl Shell {
         for worker in workers {
             let Some(process) = self.processes.get(worker) else { continue };
             let mut inodes = BTreeSet::new();
-            for pid in procfs::descendants(process.pid, process.pid)? {
+            for pid in self.processes_of(process.pid)? {
                 let held = procfs::socket_inodes(pid).unwrap_or_default();
                 inodes.extend(held.into_iter().map(|(_, inode)| inode).filter(|inode| open.contains(inode)));
             }
@@ -158,17 +160,18 @@ impl Shell {
     pub(super) fn strangers(&self, id: GroupId) -> io::Result<u32> {
         let Some(group) = self.groups.of(id) else { return Ok(0) };
         let address = group.bound.unwrap_or(group.address);
+        let known = self.listeners.by_cookie(id);
         let mut strangers: BTreeSet<u64> = dump(Some(address.port()), states::LISTEN)?
             .into_iter()
             .filter(|socket| {
                 clash((socket.local, socket.v6only == Some(true)), (address, group.v6only)).is_some()
             })
-            .filter(|socket| self.listeners.by_cookie(id, socket.cookie).is_none())
+            .filter(|socket| !known.contains_key(&socket.cookie))
             .map(|socket| u64::from(socket.inode))
             .collect();
         if !strangers.is_empty() {
             for process in self.processes.values() {
-                for pid in procfs::descendants(process.pid, process.pid)? {
+                for pid in self.processes_of(process.pid)? {
                     for (_, inode) in procfs::socket_inodes(pid).unwrap_or_default() {
                         strangers.remove(&inode);
                     }
@@ -196,14 +199,14 @@ pub(super) fn dump(port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
     }
 }
 
-/// Listening sockets held by a process or its descendants; each socket once.
-fn held_by(pid: i32, listening: &[Socket]) -> io::Result<Vec<Held>> {
+/// Listening sockets held by these processes; each socket once.
+fn held_by(pids: &[i32], listening: &[Socket]) -> io::Result<Vec<Held>> {
     let by_inode: BTreeMap<u64, &Socket> =
         listening.iter().map(|socket| (u64::from(socket.inode), socket)).collect();
     let mut seen = BTreeSet::new();
     let mut held = Vec::new();
     let mut denied = None;
-    for pid in procfs::descendants(pid, pid)? {
+    for &pid in pids {
         let inodes = procfs::socket_inodes(pid).unwrap_or_else(|error| {
             // A child may have ended since it was listed, which is no error.
             denied = Some(error).filter(|error| error.kind() == io::ErrorKind::PermissionDenied);

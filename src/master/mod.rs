@@ -23,6 +23,7 @@ mod runtime;
 mod seats;
 mod start;
 mod status;
+mod turn;
 mod upstream;
 mod words;
 
@@ -53,6 +54,7 @@ pub(crate) use self::start::run;
 #[derive(Debug)]
 struct Shell {
     core: Master,
+    turn: turn::Turn,
     /// What happened and the core has not been told yet.
     inbox: VecDeque<Event>,
     started: Time,

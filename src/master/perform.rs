@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use reuseportd_core::{Command, Event, Generation, ListenerId, Report, Signal, WorkerId};
-use reuseportd_sys::{pidfd, procfs, socket};
+use reuseportd_sys::{pidfd, socket};
 
 use super::Shell;
 use super::groups::errno;
@@ -114,7 +114,7 @@ impl Shell {
 
     fn has_remains(&self, worker: WorkerId) -> bool {
         let pid = self.processes.get(&worker).map(|process| process.pid);
-        pid.is_some_and(|pid| procfs::group_members(pid).is_ok_and(|members| !members.is_empty()))
+        pid.is_some_and(|pid| self.has_members(pid).unwrap_or(false))
     }
 
     /// The end of a worker's first process. What it printed last is read before the core hears of it.
@@ -167,7 +167,7 @@ impl Shell {
 
     fn is_owned(&self, id: ListenerId, worker: WorkerId) -> bool {
         let pid = self.processes.get(&worker).map(|process| process.pid);
-        pid.is_some_and(|pid| self.listeners.is_owned(id, pid))
+        pid.is_some_and(|pid| self.listeners.is_owned(id, self.processes_of(pid)))
     }
 
     fn look_at(&mut self, group: reuseportd_core::GroupId) {

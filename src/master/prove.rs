@@ -93,7 +93,7 @@ impl Shell {
                     procfs::socket_inodes(pid)
                         .is_ok_and(|held| held.iter().any(|(_, of)| *of == inode && inode != 0))
                 };
-                Some(procfs::descendants(pid, pid).is_ok_and(|pids| pids.into_iter().any(holds)))
+                Some(self.processes_of(pid).is_ok_and(|pids| pids.into_iter().any(holds)))
             }
         }
     }

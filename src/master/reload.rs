@@ -72,7 +72,7 @@ impl Shell {
         for listen in &new.listen {
             let in_use = self.groups.iter().map(|(_, group)| (group.address, group.v6only));
             let others: Vec<_> = in_use.filter(|place| *place != listen.place()).collect();
-            if others.iter().any(|(address, _)| address == listen.address) {
+            if others.iter().any(|(address, _)| *address == listen.address) {
                 return Err(format!(
                     "listen {:?}: v6only of {} can't change in an upgrade: the kernel does not steer between sockets \
                      with and without it; restart the service to change it",

@@ -6,6 +6,7 @@ use reuseportd_core::{Event, StopMode, Trigger, WorkerId};
 use reuseportd_sys::signals::Signal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::turn::Turn;
 use super::{Shell, clock};
 
 /// What a descriptor of the loop is about.
@@ -28,7 +29,9 @@ impl Shell {
     pub(super) fn run(&mut self) -> u8 {
         self.work();
         while self.exit.is_none() {
-            for token in self.wait() {
+            let ready = self.wait();
+            self.turn = Turn::default();
+            for token in ready {
                 self.ready(token);
             }
             if self.core.next_deadline().is_some_and(|deadline| deadline <= clock::now()) {

@@ -24,12 +24,20 @@ impl Launch {
     }
 
     /// What tells a worker about them; its LISTEN_PID only the worker's own process can fill in.
-    pub(super) fn seat_variables(&self) -> Vec<(&'static str, String)> {
+    pub(super) fn seat_variables(&self, generation: Generation) -> Vec<(&'static str, String)> {
         let names: Vec<&str> = self.seat_listeners().map(|(_, listen)| listen.name.as_str()).collect();
         if names.is_empty() {
             return Vec::new();
         }
-        vec![(env::LISTEN_FDS, names.len().to_string()), (env::LISTEN_FDNAMES, names.join(":"))]
+        let numbered = self.seat_listeners().zip(FIRST_NUMBER..);
+        let ports: Vec<String> =
+            numbered.map(|((_, listen), number)| format!("{}={number}", listen.address)).collect();
+        vec![
+            (env::LISTEN_FDS, names.len().to_string()),
+            (env::LISTEN_FDNAMES, names.join(":")),
+            (env::SERVER_STARTER_PORT, ports.join(";")),
+            (env::SERVER_STARTER_GENERATION, generation.0.to_string()),
+        ]
     }
 }
 

@@ -14,6 +14,7 @@ use super::groups::{self, Groups};
 use super::launch::Launch;
 use super::listeners::Listeners;
 use super::runtime::Runtime;
+use super::turn::Turn;
 use super::upstream::Upstream;
 use super::{Shell, clock, log, reload};
 use crate::config::{self, Config, LogFormat};
@@ -77,6 +78,7 @@ fn prepare(
     let plan = reload::plan(&launch, engine);
     Ok(Shell {
         core: Master::new(engine),
+        turn: Turn::default(),
         inbox: VecDeque::from([Event::Upgrade { plan, trigger: Trigger::Start, by: None }]),
         started: clock::now(),
         config_path: config.path.clone(),

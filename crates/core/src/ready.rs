@@ -188,8 +188,11 @@ impl Master {
     }
 
     fn refuse_handles(&mut self, listeners: &[(GroupId, ListenerId)]) {
-        for (_, listener) in listeners {
+        for (group, listener) in listeners {
             self.push(Command::Release { listener: *listener, shutdown: false });
+            // Its worker may have closed it already; then it leaves the group here.
+            self.outdate_looks(*group);
+            self.note_slot(*group);
         }
     }
 

@@ -375,11 +375,10 @@ impl Master {
     }
 
     fn advance_retirement(&mut self, generation: Generation) {
-        for id in self.workers_of(generation) {
-            let is_stopping = |state| matches!(state, WorkerState::Stopping { .. });
-            if self.listeners_of(id).is_empty() && self.workers.get(&id).is_some_and(|w| is_stopping(w.state))
-            {
-                self.set_state(id, WorkerState::Draining);
+        let holders: BTreeSet<WorkerId> = self.listeners.values().map(|listener| listener.worker).collect();
+        for (id, worker) in self.workers.iter_mut().filter(|(_, worker)| worker.generation == generation) {
+            if matches!(worker.state, WorkerState::Stopping { .. }) && !holders.contains(id) {
+                worker.state = WorkerState::Draining;
             }
         }
         let workers = self.workers_of(generation);

@@ -132,7 +132,7 @@ impl Master {
         }
     }
 
-    /// A socket has begun to listen: who has which slot can be told as long as nobody has left since.
+    /// A socket came or went unasked: who has which slot can be told as long as only one has.
     pub(crate) fn note_slot(&mut self, id: GroupId) {
         let is_seen = |group: &Group| group.looks > group.looks_outdated;
         if self.engine == Engine::Cbpf && !self.groups.get(&id).is_some_and(is_seen) {
@@ -181,6 +181,9 @@ impl Master {
         }
         if let Some(group) = self.groups.get_mut(&listener.group) {
             group.anchor = group.anchor.filter(|anchor| *anchor != id);
+            if group.work == Work::Taking(id) {
+                group.work = Work::Idle;
+            }
             // The program goes with the last of its group.
             if !self.listeners.values().any(|other| other.group == listener.group) {
                 group.in_force = InForce::Nothing;

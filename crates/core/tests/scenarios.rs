@@ -3,8 +3,8 @@
 mod shell;
 
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Generation, ListenerId, MasterState, Notice, Order, Outcome, Reason,
-    Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Wait, WorkerId,
+    Command, Engine, Event, Exit, Generation, ListenerId, MasterState, Notice, Order, Outcome, Plan,
+    Readiness, Reason, Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, Wait, WorkerId,
 };
 use shell::{GROUP, Shell};
 use std::time::Duration;
@@ -17,6 +17,10 @@ fn signal(worker: u32, signal: Signal) -> Command {
 
 fn stop(worker: u32) -> Command {
     Command::Tell { worker: WorkerId(worker), order: Order::Stop }
+}
+
+fn serve(worker: u32) -> Command {
+    Command::Tell { worker: WorkerId(worker), order: Order::Serve }
 }
 
 fn spawn(worker: u32, generation: u32, seat: u16) -> Command {
@@ -46,6 +50,29 @@ impl Shell {
             _ => false,
         };
         self.said.iter().position(to).unwrap_or_else(|| panic!("never steered to {generation}"))
+    }
+
+    /// The slots of each program so far.
+    fn attached(&self) -> Vec<Vec<u16>> {
+        let slots = |command: &Command| match command {
+            Command::Attach { shares, .. } => Some(shares[0].slots.clone()),
+            _ => None,
+        };
+        self.said.iter().filter_map(slots).collect()
+    }
+
+    fn released(&self) -> Vec<u32> {
+        let listener = |command: &Command| match command {
+            Command::Release { listener, .. } => Some(listener.0),
+            _ => None,
+        };
+        self.said.iter().filter_map(listener).collect()
+    }
+
+    /// No socket was made, and none was let go of.
+    fn assert_sockets_stay(&self) {
+        assert!(!self.said.iter().any(|said| matches!(said, Command::Bind { .. })));
+        assert_eq!(self.released(), []);
     }
 
     fn receipt(&self) -> &Receipt {
@@ -305,6 +332,119 @@ fn slots_are_released_from_the_highest_down_and_steered_off_the_one_that_moves()
     let expected =
         ["attach [1, 2]", "release 1", "attach [0, 2]", "attach [2]", "release 2", "attach [0, 1]"];
     assert_eq!(steps.len(), expected.len(), "{steps:?}");
+}
+
+#[test]
+fn a_seats_socket_is_made_once_and_goes_on_through_an_upgrade_and_a_crash() {
+    for engine in [Engine::Ebpf, Engine::Cbpf, Engine::None] {
+        let mut shell = Shell::serving_seats(engine, 2);
+        shell.launch(Shell::plan_of_seats(2), Trigger::Signal);
+        shell.seated(3);
+        assert!(!shell.has_said(&stop(1)), "{engine:?}: not before both are ready");
+        shell.seated(4);
+        shell.pass(Duration::from_secs(1));
+        assert!(shell.has_said(&stop(1)) && shell.has_said(&stop(2)), "{engine:?}");
+        shell.drains(1);
+        shell.drains(2);
+        assert_eq!(shell.receipt().outcome, Outcome::Completed);
+        shell.exits(3, KILLED);
+        shell.seated(5);
+        shell.pass(Duration::from_secs(5));
+        assert!(shell.has_said(&serve(5)), "{engine:?}");
+        shell.assert_sockets_stay();
+    }
+}
+
+#[test]
+fn the_queue_of_a_seat_waits_for_its_next_worker_and_others_get_the_new_connections() {
+    let mut shell = Shell::serving_seats(Engine::Cbpf, 2);
+    shell.queued = 3;
+    shell.exits(1, KILLED);
+    shell.exits(3, KILLED);
+    assert!(!shell.has_said(&spawn(4, 1, 0)), "not at once the second time");
+    assert_eq!(shell.attached().last(), Some(&vec![1]));
+    shell.pass(Duration::from_secs(1));
+    assert!(shell.has_said(&spawn(4, 1, 0)));
+    shell.seated(4);
+    assert_eq!(shell.attached().last(), Some(&vec![0, 1]));
+    let taken = shell.said.iter().any(|said| matches!(said, Command::Tell { order: Order::Take(_), .. }));
+    assert!(!taken, "nobody but the seat's own worker takes it");
+    shell.assert_sockets_stay();
+}
+
+#[test]
+fn clients_of_a_seat_wait_when_the_last_worker_is_killed() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving_seats(engine, 1);
+        shell.queued = 3;
+        for worker in 1..=3 {
+            shell.exits(worker, KILLED);
+            shell.pass(Duration::from_secs(1));
+        }
+        assert_eq!(shell.master.state(), MasterState::Degraded);
+        shell.pass(Duration::from_secs(70));
+        shell.seated(4);
+        assert!(shell.has_said(&serve(4)));
+        shell.assert_sockets_stay();
+    }
+}
+
+#[test]
+fn removed_seats_are_emptied_by_their_last_worker_and_let_go_of() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving_seats(engine, 3);
+        shell.launch(Shell::plan_of_seats(1), Trigger::Signal);
+        shell.seated(4);
+        shell.pass(Duration::from_secs(1));
+        shell.assert_sockets_stay();
+        for worker in 1..=3 {
+            shell.drains(worker);
+        }
+        shell.pass(Duration::from_secs(1));
+        let mut released = shell.released();
+        released.sort_unstable();
+        assert_eq!(released, [2, 3], "{engine:?}");
+        assert_eq!(shell.receipt().outcome, Outcome::Completed);
+    }
+}
+
+#[test]
+fn a_failed_launch_with_more_seats_leaves_no_socket_behind() {
+    for engine in [Engine::Ebpf, Engine::Cbpf, Engine::None] {
+        let mut shell = Shell::serving_seats(engine, 1);
+        shell.launch(Shell::plan_of_seats(3), Trigger::Signal);
+        shell.seated(2);
+        shell.seated(3);
+        shell.exits(4, Exit::Code(1));
+        shell.exits(2, Exit::Signal(15));
+        shell.exits(3, Exit::Signal(15));
+        let mut released = shell.released();
+        released.sort_unstable();
+        assert_eq!(released, [2, 3], "{engine:?}: the first seat's is the old worker's, too");
+        assert_eq!(shell.receipt().outcome, Outcome::RolledBack);
+        assert_eq!(shell.master.state(), MasterState::Steady);
+        assert!(!shell.has_said(&stop(1)) && !shell.has_said(&signal(1, Signal::Stop)));
+    }
+}
+
+#[test]
+fn a_worker_is_ready_when_it_has_answered_so_many_times_in_a_row() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.verdict = Verdict::Failed;
+    let plan = Plan { readiness: Readiness::Http, passes: 3, ..Shell::plan(1) };
+    shell.launch(plan, Trigger::Signal);
+    shell.ready(2);
+    assert!(shell.has_said(&serve(2)), "it can't answer before it serves");
+    let interval = Duration::from_millis(200);
+    for (verdict, ready) in [(true, false), (true, false), (false, false), (true, false), (true, false)] {
+        shell.verdict = if verdict { Verdict::Passed } else { Verdict::Failed };
+        shell.pass(interval);
+        assert_eq!(shell.has_said(&Command::Report(Report::WorkerReady(WorkerId(2)))), ready);
+    }
+    assert!(!shell.said.iter().any(|said| matches!(said, Command::Steer { .. } | Command::Admit { .. })));
+    shell.verdict = Verdict::Passed;
+    shell.pass(interval);
+    assert!(shell.place(&Command::Report(Report::WorkerReady(WorkerId(2)))) < shell.steered_to(2));
 }
 
 fn step(command: &Command) -> Option<String> {

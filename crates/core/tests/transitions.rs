@@ -5,8 +5,8 @@
 mod shell;
 
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Found, ListenerId, Notice, Problem, Report, StopMode, Trigger, Verdict,
-    WorkerId,
+    Command, Engine, Event, Exit, Found, ListenerId, Notice, Plan, Problem, Readiness, Report, StopMode,
+    Trigger, Verdict, WorkerId,
 };
 use shell::{GROUP, Shell};
 use std::fmt::Write;
@@ -58,12 +58,57 @@ fn situations() -> Vec<Situation> {
             shell.exits(1, Exit::Code(1));
             shell
         }),
+        ("asked for answers", 2, |engine| {
+            let mut shell = Shell::serving(engine, 1);
+            shell.verdict = Verdict::Failed;
+            let plan = Plan { readiness: Readiness::Http, passes: 2, ..Shell::plan(1) };
+            shell.launch(plan, Trigger::Signal);
+            shell.ready(2);
+            shell
+        }),
         ("emptying, the service stops", 1, |engine| {
             let mut shell = Shell::serving(engine, 1);
             shell.tell(Event::Stop { mode: StopMode::Graceful, by: None });
             shell
         }),
     ]
+}
+
+/// The same where the master makes the sockets of seats.
+fn situations_at_seats() -> Vec<Situation> {
+    vec![
+        ("serving at a seat with its socket", 1, |engine| Shell::serving_seats(engine, 2)),
+        ("starting, shares the seat's socket", 3, |engine| {
+            let mut shell = Shell::serving_seats(engine, 2);
+            shell.launch(Shell::plan_of_seats(2), Trigger::Signal);
+            shell
+        }),
+        ("starting, its seat and socket are new", 3, |engine| {
+            let mut shell = Shell::serving_seats(engine, 1);
+            shell.launch(Shell::plan_of_seats(2), Trigger::Signal);
+            shell
+        }),
+        ("emptying, the seat goes on without it", 1, seat_goes_on),
+        ("serving, took the seat over", 2, seat_goes_on),
+        ("emptying, its seat is no more", 2, |engine| {
+            let mut shell = Shell::serving_seats(engine, 2);
+            shell.launch(Shell::plan_of_seats(1), Trigger::Signal);
+            shell.seated(3);
+            shell
+        }),
+        ("respawned, the seat's socket waits for it", 2, |engine| {
+            let mut shell = Shell::serving_seats(engine, 1);
+            shell.exits(1, Exit::Signal(9));
+            shell
+        }),
+    ]
+}
+
+fn seat_goes_on(engine: Engine) -> Shell {
+    let mut shell = Shell::serving_seats(engine, 1);
+    shell.launch(Shell::plan_of_seats(1), Trigger::Signal);
+    shell.seated(2);
+    shell
 }
 
 fn starting(engine: Engine) -> Shell {
@@ -105,6 +150,10 @@ fn events(worker: u32) -> Vec<Event> {
         Event::Found { worker: id, found: Found::NotYet(Problem::NotListening(GROUP)) },
         Event::Found { worker: id, found: Found::Never(Problem::NoReuseport(GROUP)) },
         Event::Proved { worker: id, verdict: Verdict::Waiting },
+        Event::Proved { worker: id, verdict: Verdict::Passed },
+        Event::Proved { worker: id, verdict: Verdict::Failed },
+        Event::Bound { group: GROUP, worker: id, result: Ok(fresh) },
+        Event::Bound { group: GROUP, worker: id, result: Err(98) },
         Event::Listening { listener, result: Err(98) },
         Event::Steered { group: GROUP, result: Err(1) },
         Event::Admitted { listener, result: Err(12) },
@@ -160,7 +209,7 @@ fn table() -> String {
     let mut table =
         String::from("Written by tests/transitions.rs. A change here is a change of behaviour.\n");
     for engine in [Engine::Ebpf, Engine::Cbpf] {
-        for (name, worker, prepare) in situations() {
+        for (name, worker, prepare) in situations().into_iter().chain(situations_at_seats()) {
             let _ = writeln!(table, "\n{engine:?}, worker {worker} {name}");
             for event in events(worker) {
                 table += &row(&mut prepare(engine), worker, event);

@@ -92,7 +92,9 @@ pub fn descendants(pid: i32, group: i32) -> io::Result<Vec<i32>> {
     Ok(descendants_in(&processes()?, pid, group))
 }
 
-fn descendants_in(processes: &[Process], pid: i32, group: i32) -> Vec<i32> {
+/// The same from a list of all processes, for whoever asks about many at once.
+#[must_use]
+pub fn descendants_in(processes: &[Process], pid: i32, group: i32) -> Vec<i32> {
     let mut family: BTreeSet<i32> = BTreeSet::new();
     loop {
         let before = family.len();

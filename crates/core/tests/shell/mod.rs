@@ -23,6 +23,8 @@ pub(crate) struct Shell {
     pub(crate) open: u32,
     /// The answer to `Steer` and `Attach`.
     pub(crate) steers: Result<(), i32>,
+    /// The answer to `Prove`.
+    pub(crate) verdict: Verdict,
     members: Vec<ListenerId>,
     /// Who bound each listener, until that worker has closed it.
     owners: BTreeMap<ListenerId, u32>,
@@ -38,6 +40,7 @@ impl Shell {
             queued: 0,
             open: 0,
             steers: Ok(()),
+            verdict: Verdict::Passed,
             members: Vec::new(),
             owners: BTreeMap::new(),
             listeners: 0,
@@ -53,6 +56,21 @@ impl Shell {
         }
         shell.said.clear();
         shell
+    }
+
+    /// The same with a socket for each seat, which are the first listeners, 1 to `workers`.
+    pub(crate) fn serving_seats(engine: Engine, workers: u16) -> Shell {
+        let mut shell = Shell::new(engine);
+        shell.launch(Shell::plan_of_seats(workers), Trigger::Start);
+        for worker in 1..=u32::from(workers) {
+            shell.seated(worker);
+        }
+        shell.said.clear();
+        shell
+    }
+
+    pub(crate) fn plan_of_seats(workers: u16) -> Plan {
+        Plan { seat_groups: vec![GROUP], ..Shell::plan(workers) }
     }
 
     pub(crate) fn plan(workers: u16) -> Plan {
@@ -78,7 +96,16 @@ impl Shell {
     }
 
     pub(crate) fn upgrade(&mut self, workers: u16, trigger: Trigger) {
-        self.tell(Event::Upgrade { plan: Shell::plan(workers), trigger, by: None });
+        self.launch(Shell::plan(workers), trigger);
+    }
+
+    pub(crate) fn launch(&mut self, plan: Plan, trigger: Trigger) {
+        self.tell(Event::Upgrade { plan, trigger, by: None });
+    }
+
+    /// The worker says `ready`; its listeners it has from the master.
+    pub(crate) fn seated(&mut self, worker: u32) {
+        self.tell(Event::Ready { worker: WorkerId(worker), listeners: Vec::new() });
     }
 
     /// The worker says `ready` with a new bound socket.
@@ -129,7 +156,14 @@ impl Shell {
             Command::Find { worker } => {
                 Event::Found { worker, found: Found::NotYet(Problem::NotListening(GROUP)) }
             }
-            Command::Prove { worker } => Event::Proved { worker, verdict: Verdict::Passed },
+            Command::Prove { worker } => Event::Proved { worker, verdict: self.verdict },
+            Command::Bind { group, worker, .. } => {
+                self.listeners += 1;
+                let listener = ListenerId(self.listeners);
+                self.members.push(listener);
+                self.owners.insert(listener, worker.0);
+                Event::Bound { group, worker, result: Ok(listener) }
+            }
             Command::Listen { listener } => {
                 self.members.push(listener);
                 Event::Listening { listener, result: Ok(()) }

@@ -194,6 +194,7 @@ fn nothing_is_lost_and_everything_ends() {
     // What never happens is not tested either.
     if seeds >= 256 {
         assert!(sum.counted > 0 && sum.strays > 0 && sum.excused > 0 && outcomes.len() == 3);
+        assert!(sum.inherited > 0 && control.inherited > 0);
         assert!(control.excused > 0, "without steering nothing is lost: a loss could not be seen");
     }
 }

@@ -15,6 +15,8 @@ type Workers = BTreeMap<WorkerId, Worker>;
 #[derive(Clone, Copy, Debug)]
 struct Client {
     since: u64,
+    /// Who was chosen; it may have been moved since.
+    listener: ListenerId,
     /// How long its handshake takes.
     handshake: Duration,
     /// Nothing was promised to it.
@@ -56,6 +58,8 @@ pub(crate) struct Tally {
     pub(crate) counted: u64,
     pub(crate) strays: u64,
     pub(crate) unsure: u64,
+    /// Waited in the socket of a seat until its next worker came.
+    pub(crate) inherited: u64,
 }
 
 impl Tally {
@@ -66,6 +70,7 @@ impl Tally {
         self.counted += other.counted;
         self.strays += other.strays;
         self.unsure += other.unsure;
+        self.inherited += other.inherited;
     }
 }
 
@@ -192,7 +197,7 @@ impl Oracle {
     /// The worker that bound it, or the last of those that got it with a generation that has served.
     fn last_worker(&self, socket: &Socket, workers: &Workers) -> Option<WorkerId> {
         let has_served = |worker: &WorkerId| self.protocol.has_served(workers[worker].generation);
-        let last = socket.users.iter().copied().filter(has_served).next_back();
+        let last = socket.users.iter().copied().rfind(has_served);
         if socket.seat.is_some() { last } else { socket.owner }
     }
 
@@ -231,7 +236,7 @@ impl Oracle {
                 excused = stray == Stray::Excused;
             }
         }
-        self.clients.insert(connection, Client { since: now, handshake: Duration::ZERO, excused });
+        self.clients.insert(connection, Client { since: now, listener, handshake: Duration::ZERO, excused });
     }
 
     /// The client will need so long for its last packet.
@@ -278,6 +283,12 @@ impl Oracle {
         self.clients.remove(&connection);
     }
 
+    /// Whoever was born so late was not there when it came.
+    pub(crate) fn accepted_at_seat(&mut self, connection: u64, born: u64) {
+        let waited = self.clients.get(&connection).is_some_and(|client| client.since < born);
+        self.tally.inherited += u64::from(waited);
+    }
+
     /// A connection was reset that nobody had accepted.
     pub(crate) fn lost(&mut self, loss: Loss, now: u64, kernel: &Kernel, workers: &Workers) {
         let Some(client) = self.clients.remove(&loss.connection) else { return };
@@ -303,7 +314,9 @@ impl Oracle {
         // At an address that is no more nobody is left to go to if a worker drops what it has.
         if self.engine == Engine::Ebpf
             && is_removed
-            && (is_vacant || owner.is_some_and(|worker| worker.deserted || !worker.drained))
+            && (is_vacant
+                || client.listener != loss.listener
+                || owner.is_some_and(|worker| worker.deserted || !worker.drained))
         {
             self.tally.excused += 1;
             return;

@@ -26,6 +26,7 @@ pub(crate) enum Act {
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) generation: Generation,
+    born: u64,
     pub(crate) seat: Seat,
     pub(crate) temper: Temper,
     readiness: Readiness,
@@ -65,6 +66,7 @@ impl World {
         }
         let worker = Worker {
             generation,
+            born: self.now,
             seat,
             temper,
             readiness: plan.readiness,
@@ -279,6 +281,9 @@ impl World {
             .collect();
         for listener in mine {
             if let Some(connection) = self.kernel.accept(listener) {
+                if self.kernel.sockets[&listener].seat.is_some() {
+                    self.oracle.accepted_at_seat(connection, self.workers[&id].born);
+                }
                 self.serve_connection(id, connection);
                 self.plan_accept(id);
                 return;
