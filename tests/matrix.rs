@@ -18,11 +18,13 @@ struct Row {
     loses_queue: bool,
 }
 
-const ROWS: [Row; 4] = [
+const ROWS: [Row; 6] = [
     Row { name: "handover (SDK), `ebpf`", mode: "sdk", engine: "ebpf", loses_queue: false },
     Row { name: "handover (SDK), `cbpf`", mode: "sdk", engine: "cbpf", loses_queue: false },
     Row { name: "unmodified, `ebpf`", mode: "plain", engine: "ebpf", loses_queue: false },
     Row { name: "unmodified, `cbpf`", mode: "plain", engine: "cbpf", loses_queue: true },
+    Row { name: "`bind = \"master\"`, `ebpf`", mode: "activated", engine: "ebpf", loses_queue: false },
+    Row { name: "`bind = \"master\"`, `cbpf`", mode: "activated", engine: "cbpf", loses_queue: false },
 ];
 
 /// Upgrades by turns with launches that fail; the connections lost.
@@ -33,7 +35,13 @@ fn upgrades_and_failed_launches(world: &World, row: &Row) -> u64 {
     let load = Load::start(slow_accepts(world));
     let good = app.command.clone();
     for _ in 0..2 {
-        app.command = test_worker("--mode plain --fail exit-after-listen");
+        // One that was given its socket can't fail after listening.
+        let fails = if row.mode == "activated" {
+            "activated --fail exit-before-ready"
+        } else {
+            "plain --fail exit-after-listen"
+        };
+        app.command = test_worker(&format!("--mode {fails}"));
         app.write();
         assert_eq!(master.failing_upgrade().0, 1);
         app.command.clone_from(&good);

@@ -283,7 +283,12 @@ impl Master {
         let Some(listener) = self.listeners.get_mut(&id).filter(|l| !owned && !l.leaving) else { return };
         let (group, worker) = (listener.group, listener.worker);
         match self.workers.get(&worker).map(|worker| worker.state) {
-            Some(WorkerState::Stopping { .. }) => listener.leaving = true,
+            // A process that is ending shows no descriptors any more while it still holds the socket: only a shutdown
+            // takes it out of the group for certain.
+            Some(WorkerState::Stopping { .. }) => {
+                listener.leaving = true;
+                listener.by_shutdown = true;
+            }
             Some(state @ (WorkerState::Serving | WorkerState::Emptying | WorkerState::Idling { .. })) => {
                 listener.leaving = true;
                 listener.by_shutdown = true;

@@ -28,7 +28,7 @@ fn spawn(worker: u32, generation: u32, seat: u16) -> Command {
 }
 
 fn release(listener: u32) -> Command {
-    Command::Release { listener: ListenerId(listener), shutdown: false }
+    Command::Release { listener: ListenerId(listener), shutdown: true }
 }
 
 impl Shell {

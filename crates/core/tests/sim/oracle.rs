@@ -268,7 +268,9 @@ impl Oracle {
         // The listeners of a worker with several of them leave one after the other, and nobody accepts from the rest.
         let is_open = socket.is_owned();
         let has_several = owner.temper.sockets > 1 && !is_open;
-        let joins_by_itself = !owner.temper.handover && socket.seat.is_none();
+        // Whoever is to answer requests before it is ready joins before the master may steer.
+        let joins_early = !owner.temper.handover || !self.protocol.is_ready(id);
+        let joins_by_itself = joins_early && socket.seat.is_none();
         let is_old_program = self.protocol.steer_failed(group) && joins_by_itself;
         if self.disturbed.contains_key(&group) || is_old_program || has_several {
             return Stray::Excused;

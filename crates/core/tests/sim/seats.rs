@@ -68,11 +68,11 @@ impl World {
     pub(crate) fn desert(&mut self, id: WorkerId) {
         let own = |listener: &ListenerId| self.kernel.sockets[listener].seat.is_none();
         let sockets: Vec<ListenerId> = self.workers[&id].sockets.iter().copied().filter(own).collect();
+        let generation = self.workers[&id].generation;
         let is_other = |listener: &ListenerId| {
-            let owner = self.kernel.sockets[listener].owner;
-            owner.is_some_and(|owner| {
-                owner != id && self.workers[&owner].runs && !self.workers[&owner].deserted
-            })
+            let owner = self.kernel.sockets[listener].owner.filter(|owner| *owner != id);
+            let owner = owner.map(|owner| &self.workers[&owner]);
+            owner.is_some_and(|other| other.generation == generation && other.runs && !other.deserted)
         };
         let is_last = |own: &ListenerId| {
             let group = self.kernel.sockets[own].group;
