@@ -34,7 +34,7 @@ impl Master {
     pub(crate) fn on_bound(&mut self, group: GroupId, worker: WorkerId, result: Result<ListenerId, i32>) {
         let known = self.workers.get(&worker).map(|worker| (worker.generation, worker.seat, worker.state));
         match (known, result) {
-            (Some((generation, seat, state)), Ok(id)) => {
+            (Some((generation, seat, _)), Ok(id)) => {
                 let listener = Listener {
                     group,
                     generation,
@@ -43,7 +43,7 @@ impl Master {
                     of_seat: true,
                     handle: true,
                     listens: true,
-                    leaving: state.is_ending() && !self.may_wait(group, generation),
+                    leaving: false,
                     // Workers of several generations had it, and what they left behind may hold it still.
                     by_shutdown: true,
                     key: None,
@@ -88,12 +88,9 @@ impl Master {
 
     /// It belongs to a seat, and without a worker it waits for the seat's next one.
     pub(crate) fn waits_for_next(&self, listener: &Listener) -> bool {
-        listener.of_seat && self.may_wait(listener.group, listener.generation)
-    }
-
-    /// The generation serves, or is about to.
-    fn may_wait(&self, group: GroupId, generation: Generation) -> bool {
-        self.active == Some(generation) || self.is_wanted(group, generation)
+        let generation = listener.generation;
+        // The generation serves, or is about to.
+        listener.of_seat && (self.active == Some(generation) || self.is_wanted(listener.group, generation))
     }
 
     fn is_wanted(&self, group: GroupId, generation: Generation) -> bool {

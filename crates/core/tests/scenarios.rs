@@ -356,6 +356,46 @@ fn a_seats_socket_is_made_once_and_goes_on_through_an_upgrade_and_a_crash() {
 }
 
 #[test]
+fn a_respawned_worker_does_not_take_the_seat_back_while_the_next_generation_is_steered_to() {
+    let mut shell = Shell::serving_seats(Engine::Cbpf, 1);
+    shell.exits(1, KILLED);
+    shell.launch(Shell::plan_of_seats(1), Trigger::Signal);
+    // The kernel has not answered yet when the old seat's next worker becomes ready.
+    shell.master.handle(Event::Ready { worker: WorkerId(3), listeners: Vec::new() }, shell.now);
+    shell.seated(2);
+    assert_eq!(shell.master.status().active, Some(Generation(2)));
+    shell.pass(Duration::from_secs(1));
+    shell.drains(2);
+    shell.exits(2, Exit::Code(0));
+    assert_eq!(shell.receipt().outcome, Outcome::Completed);
+    shell.assert_sockets_stay();
+}
+
+#[test]
+fn an_empty_seat_gets_its_socket_back_when_the_switch_fails() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving_seats(engine, 2);
+        shell.exits(1, KILLED);
+        shell.exits(3, KILLED);
+        shell.launch(Shell::plan_of_seats(2), Trigger::Signal);
+        shell.seated(4);
+        shell.steers = Err(1);
+        shell.seated(5);
+        shell.steers = Ok(());
+        assert_eq!(shell.master.state(), MasterState::RollingBack, "{engine:?}");
+        shell.pass(Duration::from_secs(5));
+        for worker in [4, 5] {
+            shell.drains(worker);
+            shell.exits(worker, Exit::Code(0));
+        }
+        shell.seated(6);
+        shell.pass(Duration::from_secs(5));
+        assert_eq!(shell.receipt().outcome, Outcome::RolledBack, "{engine:?}");
+        shell.assert_sockets_stay();
+    }
+}
+
+#[test]
 fn the_queue_of_a_seat_waits_for_its_next_worker_and_others_get_the_new_connections() {
     let mut shell = Shell::serving_seats(Engine::Cbpf, 2);
     shell.queued = 3;
