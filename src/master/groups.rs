@@ -111,12 +111,14 @@ const PROOF_KEY: u32 = bpf::CAPACITY_DEFAULT - 1;
 pub(super) struct Groups {
     pub(super) choice: Choice,
     by_id: BTreeMap<GroupId, Group>,
+    /// The last name of each, for receipts of upgrades that ended it.
+    names: BTreeMap<GroupId, String>,
     last: u16,
 }
 
 impl Groups {
     pub(super) fn new(choice: Choice) -> Groups {
-        Groups { choice, by_id: BTreeMap::new(), last: 0 }
+        Groups { choice, by_id: BTreeMap::new(), names: BTreeMap::new(), last: 0 }
     }
 
     /// The groups of these addresses, in their order: those there are, and new ones with maps of their own.
@@ -153,6 +155,7 @@ impl Groups {
         while self.by_id.contains_key(&GroupId(self.last)) {
             self.last = self.last.wrapping_add(1);
         }
+        self.names.insert(GroupId(self.last), group.name.clone());
         self.by_id.insert(GroupId(self.last), group);
         Ok(GroupId(self.last))
     }
@@ -174,6 +177,7 @@ impl Groups {
     pub(super) fn rename(&mut self, id: GroupId, listen: &Listen) {
         if let Some(group) = self.by_id.get_mut(&id) {
             listen.name.clone_into(&mut group.name);
+            self.names.insert(id, listen.name.clone());
             group.bind = listen.bind;
         }
     }
@@ -190,7 +194,7 @@ impl Groups {
 
     /// Its name, for people.
     pub(super) fn name(&self, id: GroupId) -> &str {
-        self.by_id.get(&id).map_or("?", |group| group.name.as_str())
+        self.names.get(&id).map_or("?", String::as_str)
     }
 
     /// Notes where a worker's listener really is.

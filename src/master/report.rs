@@ -236,20 +236,22 @@ impl Shell {
         let (outcome, reason) = (shown.outcome, shown.reason.clone());
         let (from, to, ms) = (shown.from, shown.to, shown.duration_ms);
         let json = serde_json::to_string(shown).unwrap_or_default();
+        let wish = if receipt.from.is_some() { "upgrade" } else { "start" };
+        let ended = format!("{wish} {}", outcome.as_str().replace('_', " "));
         match &reason {
             // The outcome is known since the listeners left; this is the end of the old workers.
             _ if receipt.is_final && receipt.phases.iter().any(|time| time.phase == Phase::Draining) => {
                 tracing::info!(event = "receipt_final", from, to, receipt = json, "the receipt is final");
             }
             Some(reason) => {
-                tracing::error!(event = "upgrade_ended", %outcome, from, to, reason, receipt = json, "upgrade {outcome}: {reason}");
+                tracing::error!(event = "upgrade_ended", %outcome, from, to, reason, receipt = json, "{ended}: {reason}");
             }
             None => {
-                tracing::info!(event = "upgrade_ended", %outcome, from, to, ms, receipt = json, "upgrade {outcome}");
+                tracing::info!(event = "upgrade_ended", %outcome, from, to, ms, receipt = json, "{ended}");
             }
         }
         let text = match (reason, to) {
-            (Some(reason), _) => format!("upgrade {outcome}: {reason}"),
+            (Some(reason), _) => format!("{ended}: {reason}"),
             (None, Some(to)) => format!("generation {to} serves"),
             (None, None) => "serving".to_owned(),
         };
