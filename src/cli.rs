@@ -81,6 +81,9 @@ enum Command {
         #[arg(long, value_enum, value_name = "FOR", num_args = 0..=1, require_equals = true,
               default_missing_value = "retired")]
         wait: Option<WaitFor>,
+        /// Do not wait for a place among the draining (upgrade.max_draining): end the oldest of them now
+        #[arg(long)]
+        force: bool,
         /// The receipt as JSON
         #[arg(long)]
         json: bool,
@@ -124,7 +127,7 @@ pub(crate) enum Action {
     Run { config: PathBuf, log_format: Option<LogFormat>, log_level: Option<Level> },
     Check { config: PathBuf },
     Status { master: Master, json: bool },
-    Upgrade { master: Master, wait: Option<WaitFor>, json: bool, timeout: Option<Duration> },
+    Upgrade { master: Master, wait: Option<WaitFor>, force: bool, json: bool, timeout: Option<Duration> },
     Sockets { master: Master, json: bool },
     Doctor { config: Option<PathBuf>, json: bool },
     Stop { master: Master, wait: bool },
@@ -192,8 +195,8 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
             config: config.ok_or_else(|| missing("say what to check: reuseportd check --config FILE"))?,
         },
         Command::Status { json } => Action::Status { master: master(config)?, json },
-        Command::Upgrade { wait, json, timeout } => {
-            Action::Upgrade { master: master(config)?, wait, json, timeout }
+        Command::Upgrade { wait, force, json, timeout } => {
+            Action::Upgrade { master: master(config)?, wait, force, json, timeout }
         }
         Command::Sockets { json } => Action::Sockets { master: master(config)?, json },
         Command::Doctor { json } => Action::Doctor { config, json },
@@ -252,7 +255,9 @@ mod tests {
 
     #[test]
     fn waiting_has_a_default_and_needs_an_equals_sign_for_more() {
-        let upgrade = |wait, timeout| Ok(Action::Upgrade { master: at_socket(), wait, json: false, timeout });
+        let upgrade = |wait, timeout| {
+            Ok(Action::Upgrade { master: at_socket(), wait, force: false, json: false, timeout })
+        };
         assert_eq!(parse("upgrade --socket /s"), upgrade(None, None));
         assert_eq!(parse("upgrade --wait --socket /s"), upgrade(Some(WaitFor::Retired), None));
         assert_eq!(

@@ -18,7 +18,9 @@ fn main() -> ExitCode {
         Action::Run { config, log_format, log_level } => master::run(&config, log_format, log_level),
         Action::Check { config } => check::run(&config),
         Action::Status { master, json } => client::status(&master, json),
-        Action::Upgrade { master, wait, json, timeout } => client::upgrade(&master, wait, json, timeout),
+        Action::Upgrade { master, wait, force, json, timeout } => {
+            client::upgrade(&master, wait, force, json, timeout)
+        }
         Action::Sockets { master, json } => sockets::run(&master, json),
         Action::Doctor { config, json } => doctor::run(config.as_deref(), json),
         Action::Stop { master, wait } => client::stop(&master, wait),

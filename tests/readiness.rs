@@ -209,3 +209,25 @@ fn an_upgrade_waits_for_a_place_among_the_draining() {
         master.stop();
     });
 }
+
+#[test]
+fn a_forced_upgrade_ends_the_oldest_of_the_draining() {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    world(&[], |world| {
+        let app = App::test_worker(world, "--mode sdk").workers(1).upgrade("max_draining = 1");
+        let master = Master::start(world, &app);
+        let mut held = TcpStream::connect(world.address).unwrap();
+        held.write_all(b"half").unwrap();
+        master.wait_status("accepted", |status| status.generations[0].connections == Some(1));
+        assert_eq!(master.cli("upgrade --wait").code, 0);
+        let first = master.status().last_upgrade.unwrap();
+        assert_eq!((first.forced_kills, first.to), (0, Some(2)));
+        let (code, receipt) = master.receipt(master.cli("upgrade --wait --force --json"));
+        assert_eq!((code, receipt.to), (0, Some(3)));
+        held.set_read_timeout(Some(PATIENCE)).unwrap();
+        let cut = held.read(&mut [0; 16]);
+        assert!(matches!(cut, Ok(0) | Err(_)), "still served: {cut:?}");
+        master.stop();
+    });
+}

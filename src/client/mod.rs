@@ -32,14 +32,15 @@ pub(crate) fn status(master: &Master, json: bool) -> ExitCode {
     run(master, |socket| show_status(socket, json, Patience::new(None), &mut stdout()))
 }
 
-/// `upgrade [--wait[=FOR]] [--json] [--timeout D]`.
+/// `upgrade [--wait[=FOR]] [--force] [--json] [--timeout D]`.
 pub(crate) fn upgrade(
     master: &Master,
     wait: Option<WaitFor>,
+    force: bool,
     json: bool,
     timeout: Option<Duration>,
 ) -> ExitCode {
-    run(master, |socket| ask_upgrade(socket, wait, json, Patience::new(timeout), &mut stdout()))
+    run(master, |socket| ask_upgrade(socket, wait, force, json, Patience::new(timeout), &mut stdout()))
 }
 
 /// `stop [--wait]`.
@@ -89,6 +90,7 @@ pub(crate) fn status_at(socket: &Path) -> Result<Status, (u8, String)> {
 fn ask_upgrade(
     socket: &Path,
     wait: Option<WaitFor>,
+    force: bool,
     json: bool,
     patience: Patience,
     out: &mut impl Write,
@@ -98,7 +100,7 @@ fn ask_upgrade(
         Some(WaitFor::Retired) => Wait::Retired,
         Some(WaitFor::Drained) => Wait::Drained,
     };
-    let mut connection = Connection::open(socket, &Request::Upgrade { wait }, patience)?;
+    let mut connection = Connection::open(socket, &Request::Upgrade { wait, force }, patience)?;
     let receipt = match await_receipt(&mut connection, wait) {
         Err(ClientError::Refused { message, code, receipt: Some(receipt) }) if json => {
             print(out, &as_json(&receipt)?)?;

@@ -70,7 +70,7 @@ fn end(result: Result<(), ClientError>) -> Ended {
 }
 
 fn upgraded(replies: &'static str, then: Then, wait: Option<WaitFor>, json: bool) -> (Request, Ended) {
-    FakeMaster::says(replies, then).hears(|socket, out| ask_upgrade(socket, wait, json, PATIENT, out))
+    FakeMaster::says(replies, then).hears(|socket, out| ask_upgrade(socket, wait, false, json, PATIENT, out))
 }
 
 const COMPLETED: &str = concat!(
@@ -90,7 +90,7 @@ const ROLLED_BACK: &str = concat!(
 #[test]
 fn an_upgrade_without_wait_ends_when_it_is_accepted() {
     let (request, ended) = upgraded("{\"reply\":\"accepted\"}\n", Then::Stay, None, false);
-    assert_eq!(request, Request::Upgrade { wait: Wait::None });
+    assert_eq!(request, Request::Upgrade { wait: Wait::None, force: false });
     assert_eq!((ended.code, ended.out.as_str()), (0, "upgrade accepted\n"));
     let (_, ended) = upgraded("{\"reply\":\"accepted\"}\n", Then::Stay, None, true);
     assert_eq!((ended.code, ended.out.as_str()), (0, ""), "nothing but JSON on stdout");
@@ -99,7 +99,7 @@ fn an_upgrade_without_wait_ends_when_it_is_accepted() {
 #[test]
 fn an_upgrade_with_wait_ends_with_the_receipt() {
     let (request, ended) = upgraded(COMPLETED, Then::Stay, Some(WaitFor::Drained), false);
-    assert_eq!(request, Request::Upgrade { wait: Wait::Drained });
+    assert_eq!(request, Request::Upgrade { wait: Wait::Drained, force: false });
     assert_eq!(ended.code, 0, "{ended:?}");
     let picture = "\
 upgrade from generation 3 to 4: completed in 1.8 s (by command, 2026-11-22T10:00:00Z)
@@ -177,7 +177,7 @@ fn a_silent_master_ends_the_wait() {
     let slow = FakeMaster::says("{\"reply\":\"accepted\"}\n", Then::Stay);
     let began = Instant::now();
     let (_, ended) =
-        slow.hears(|socket, out| ask_upgrade(socket, Some(WaitFor::Retired), false, patience, out));
+        slow.hears(|socket, out| ask_upgrade(socket, Some(WaitFor::Retired), false, false, patience, out));
     assert_eq!(ended.code, 4);
     assert!(began.elapsed() >= Duration::from_millis(120));
     assert!(ended.error.contains("--timeout of 120 ms passed"), "{ended:?}");
@@ -196,7 +196,7 @@ fn a_master_that_accepts_nobody_ends_the_wait() {
     queued.connect(&address).unwrap();
     assert_eq!(end(show_status(&socket, false, HASTY, &mut Vec::new())).code, 1);
     let patience = Patience { whole: Some(Duration::from_millis(20)), ..HASTY };
-    assert_eq!(end(ask_upgrade(&socket, None, false, patience, &mut Vec::new())).code, 4);
+    assert_eq!(end(ask_upgrade(&socket, None, false, false, patience, &mut Vec::new())).code, 4);
 }
 
 #[test]

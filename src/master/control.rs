@@ -187,7 +187,12 @@ impl Shell {
                 let status = Box::new(self.status());
                 self.clients.reply(number, &Reply::Status { status }, true);
             }
-            Ok(Request::Upgrade { wait }) => self.request_upgrade(number, wait),
+            Ok(Request::Upgrade { wait, force }) => {
+                self.request_upgrade(number, wait);
+                if force {
+                    self.inbox.push_back(Event::Hurry);
+                }
+            }
             Ok(Request::Stop { wait }) => {
                 self.accepted(number, wait);
                 let by = wait.then_some(Ticket(number));

@@ -18,6 +18,8 @@ pub enum Event {
         /// The client that waits for the outcome, and for which part of it.
         by: Option<(Ticket, Wait)>,
     },
+    /// The upgrade that waits for a place among the draining shall not: the oldest of them ends now.
+    Hurry,
     /// A stop was asked for.
     Stop {
         /// How.

@@ -93,6 +93,19 @@ impl Master {
         self.draining() >= places
     }
 
+    /// As if the deadline of the oldest draining generation had come.
+    pub(crate) fn on_hurry(&mut self) {
+        let Some(Upgrade { to, step: UpgradeStep::Queued, .. }) = self.upgrade else { return };
+        let mut draining = self.generations.iter().filter(|(_, r)| r.state == GenerationState::Draining);
+        if let Some(oldest) =
+            draining.next().map(|(generation, _)| *generation).filter(|_| self.must_queue(to))
+        {
+            for worker in self.workers_of(oldest) {
+                self.on_kill_deadline(worker);
+            }
+        }
+    }
+
     /// Lets a queued upgrade begin once there is a place.
     pub(crate) fn advance_launch(&mut self) {
         let Some(Upgrade { to, step: UpgradeStep::Queued, .. }) = self.upgrade else { return };

@@ -102,6 +102,7 @@ impl Master {
         }
         match event {
             Event::Upgrade { plan, trigger, by } => self.on_upgrade(plan, trigger, by),
+            Event::Hurry => self.on_hurry(),
             Event::Stop { mode, by } => self.on_stop(mode, by),
             Event::Spawned { worker } => self.on_spawned(worker),
             Event::Bound { group, worker, result } => self.on_bound(group, worker, result),

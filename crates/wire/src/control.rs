@@ -28,6 +28,9 @@ pub enum Request {
         /// How long to stay for the outcome.
         #[serde(default)]
         wait: Wait,
+        /// If too many old generations are draining, end the oldest now.
+        #[serde(default)]
+        force: bool,
     },
     /// Stop the whole service.
     Stop {

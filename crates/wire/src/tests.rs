@@ -140,9 +140,12 @@ fn oversize_is_refused_and_a_long_error_is_cut() {
 fn requests_read_as_documented() {
     let read = |text: &str| decode_request(text.as_bytes());
     assert_eq!(read(r#"{"command":"status"}"#).unwrap(), Request::Status {});
-    assert_eq!(read("{\"command\":\"upgrade\"}\n").unwrap(), Request::Upgrade { wait: Wait::None });
+    assert_eq!(
+        read("{\"command\":\"upgrade\"}\n").unwrap(),
+        Request::Upgrade { wait: Wait::None, force: false }
+    );
     let drained = read(r#"{"command":"upgrade","wait":"drained"}"#).unwrap();
-    assert_eq!(drained, Request::Upgrade { wait: Wait::Drained });
+    assert_eq!(drained, Request::Upgrade { wait: Wait::Drained, force: false });
     assert_eq!(read(r#"{"command":"stop","wait":true}"#).unwrap(), Request::Stop { wait: true });
     assert_eq!(encode(&Request::Status {}).unwrap(), "{\"command\":\"status\"}\n");
     for refused in [
