@@ -354,7 +354,8 @@ impl Master {
     pub(crate) fn on_kill_deadline(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let generation = worker.generation;
-        if worker.state != WorkerState::Dying {
+        // What is left of an ended worker is only killed: its process has been counted, and is still to be reaped.
+        if !matches!(worker.state, WorkerState::Dying | WorkerState::Remains { .. }) {
             worker.state = WorkerState::Dying;
             worker.cut_uncounted = true;
             self.push(Command::Count { workers: [id].into() });

@@ -85,6 +85,9 @@ impl World {
             .then(|| (self.ticket(), if self.rng.permille(500) { Wait::Retired } else { Wait::Drained }));
         self.plan = Some(plan.clone());
         self.tell(Event::Upgrade { plan, trigger, by });
+        if self.rng.permille(100) {
+            self.tell(Event::Hurry);
+        }
     }
 
     pub(crate) fn next_operation(&mut self) {
