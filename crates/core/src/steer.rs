@@ -100,7 +100,10 @@ impl Master {
         // One that was not chosen before its worker ended was perhaps never ready.
         let is_held = |l: &Listener| {
             let is_there = l.listens && l.handle && !l.gone;
-            l.group == id && group.wants(l.generation) && is_there && l.settling != Settling::Settled
+            // While the kernel chose among all, one whose worker still starts may have been chosen too.
+            let starts = self.workers.get(&l.worker).is_some_and(|worker| worker.state.is_starting());
+            let is_its = l.group == id && group.wants(l.generation) && !starts;
+            is_its && is_there && l.settling != Settling::Settled
         };
         self.listeners.iter().filter(|(_, l)| is_held(l)).map(|(id, _)| *id).collect()
     }
