@@ -116,10 +116,9 @@ impl Master {
         }
         let workers = &self.workers;
         // The socket of a seat may be back with a worker that is still starting.
-        let lives = |l: &Listener| {
-            workers.get(&l.worker).is_some_and(|w| {
-                !matches!(w.state, WorkerState::Remains { .. }) && !(l.of_seat && w.state.is_starting())
-            })
+        let lives = |l: &Listener| match workers.get(&l.worker).map(|worker| worker.state) {
+            None | Some(WorkerState::Remains { .. }) => false,
+            Some(state) => !l.of_seat || !state.is_starting(),
         };
         let mut evicted = Vec::new();
         for listener in self.listeners.values_mut().filter(|l| l.group == id && (l.leaving || !lives(l))) {
