@@ -84,3 +84,13 @@ fn many_fast_connections_sdk_ebpf() {
 fn many_fast_connections_unmodified_cbpf() {
     upgrades_lose_nothing("cbpf", "plain", fast, 0);
 }
+
+#[test]
+fn many_fast_connections_sdk_cbpf() {
+    upgrades_lose_nothing("cbpf", "sdk", fast, 0);
+}
+
+#[test]
+fn many_fast_connections_unmodified_ebpf() {
+    upgrades_lose_nothing("ebpf", "plain", fast, 0);
+}
