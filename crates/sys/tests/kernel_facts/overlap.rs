@@ -43,6 +43,22 @@ fn a_dump_shows_a_group_in_listen_order() {
     });
 }
 
+/// The slots are others by then: see `a4_closing_moves_the_last_listener_into_the_hole`.
+#[test]
+fn a_dump_goes_by_age_when_slots_have_moved() {
+    with(&[], || {
+        for start in [V4, V6] {
+            let (address, mut listeners) = group(start, 4);
+            drop(listeners.remove(0));
+            listeners.push(bound(address));
+            socket::listen(fd(&listeners[3]), 16).unwrap();
+            let shown = listen_order(dump(&listeners_on(address.port())).unwrap());
+            let shown: Vec<u64> = shown.iter().map(|one| one.cookie).collect();
+            assert_eq!(shown, listeners.iter().map(cookie_of).collect::<Vec<u64>>());
+        }
+    });
+}
+
 #[test]
 fn a_dump_tells_all_about_a_listener() {
     with(&[], || {
