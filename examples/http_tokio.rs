@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use reuseportd_worker::{Order, Orders, Worker, drain};
+use reuseportd_worker::{Order, Orders, Watchdog, Worker, drain};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
@@ -49,6 +49,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
     let mut orders = serving.orders;
     let channel = watched(&orders)?;
+    // With one thread for everything, a timer that fires shows that the loop under it goes round.
+    tokio::spawn(live());
     loop {
         match next_order(&mut orders, &channel).await? {
             Order::Stop => break,
@@ -56,7 +58,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 let count = service.clone().drain(listener).await?;
                 orders.taken(&name, count)?;
             }
-            Order::MasterGone => std::future::pending().await,
+            Order::MasterGone => {}
         }
     }
     service.stopping.send_replace(true);
@@ -68,6 +70,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // Each connection holds a receiver: the last one gone, everything is finished.
     service.stopping.closed().await;
     Ok(())
+}
+
+/// Gives the signs of life the master waits for, if it does.
+async fn live() -> Result<(), reuseportd_worker::Error> {
+    let Some(mut watchdog) = Watchdog::from_env()? else { return Ok(()) };
+    loop {
+        tokio::time::sleep(watchdog.feed()?).await;
+    }
 }
 
 /// The channel as something tokio can wait on; only ever asked whether it is readable.

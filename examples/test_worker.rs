@@ -15,15 +15,16 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread::{self, Scope};
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use nix::libc;
 use reuseportd_wire::env as variables;
-use reuseportd_worker::{Bound, Listen, Worker};
-use rustix::event::{PollFd, PollFlags, poll};
+use reuseportd_worker::{Bound, Listen, Watchdog, Worker};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Socket, Type};
 
@@ -107,6 +108,8 @@ enum Fail {
     WrongAddress,
     /// Does not set SO_REUSEPORT.
     NoReuseport,
+    /// Is ready, and then never accepts, nor gives a sign of life.
+    Stuck,
 }
 
 /// The option is in none of the socket crates.
@@ -121,8 +124,12 @@ nix::setsockopt_impl!(
     nix::sys::socket::sockopt::SetUsize
 );
 
+/// SIGUSR1 came: the accept loop that takes the next connection is stuck with it.
+static STUCK: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse();
+    signal_hook::flag::register(libc::SIGUSR1, Arc::clone(&STUCK))?;
     for line in &options.print {
         eprintln!("{line}");
     }
@@ -149,8 +156,10 @@ fn speak_the_protocol(options: &Options) -> Result<(), Box<dyn Error>> {
         never();
     }
     let Some(serving) = worker.ready(bound)? else { return Ok(()) };
-    if options.fail == Some(Fail::ExitAfterListen) {
-        process::exit(options.code);
+    match options.fail {
+        Some(Fail::ExitAfterListen) => process::exit(options.code),
+        Some(Fail::Stuck) => never(),
+        _ => {}
     }
     thread::scope(|connections| serving.accept_each(|_, stream| serve(options, stream, connections)))?;
     Ok(())
@@ -185,6 +194,9 @@ fn listen_myself(options: &Options, stopped: Option<&OwnedFd>) -> Result<(), Box
     if !options.no_notify {
         sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
     }
+    if options.fail == Some(Fail::Stuck) {
+        never();
+    }
     thread::scope(|threads| -> io::Result<()> {
         let loops = sockets
             .into_iter()
@@ -215,12 +227,18 @@ fn accept_until<'scope>(
     stopped: Option<&OwnedFd>,
     connections: &'scope Scope<'scope, '_>,
 ) -> io::Result<()> {
+    let mut watchdog = Watchdog::from_env().map_err(io::Error::other)?;
     loop {
+        let timeout = watchdog.as_mut().map(Watchdog::feed).transpose().map_err(io::Error::other)?;
+        let timeout = timeout.map(|timeout| Timespec::try_from(timeout).unwrap_or_default());
         let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
         fds.extend(stopped.map(|stopped| PollFd::new(stopped, PollFlags::IN)));
-        rustix::io::retry_on_intr(|| poll(&mut fds, None))?;
+        rustix::io::retry_on_intr(|| poll(&mut fds, timeout.as_ref()))?;
         if fds.get(1).is_some_and(|stopped| !stopped.revents().is_empty()) {
             return Ok(());
+        }
+        if fds[0].revents().is_empty() {
+            continue;
         }
         match listener.accept() {
             Ok((stream, _)) => serve(options, stream, connections),
@@ -232,6 +250,10 @@ fn accept_until<'scope>(
 
 fn serve<'scope>(options: &'scope Options, stream: TcpStream, connections: &'scope Scope<'scope, '_>) {
     note(options, &stream, "accepted");
+    if STUCK.load(Ordering::Relaxed) {
+        note(options, &stream, "stuck");
+        never();
+    }
     work(options.accept_delay);
     if options.inline {
         answer(options, stream);

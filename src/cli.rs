@@ -18,7 +18,7 @@ Examples:
   reuseportd upgrade --wait --config app.toml    the same, and say how it ended
   reuseportd status --config app.toml            what runs now
 
-Signals: HUP upgrade; TERM, INT graceful stop (twice: at once); QUIT stop at once.
+Signals: HUP upgrade; USR2 replace the master's own program; TERM, INT graceful stop (twice: at once); QUIT stop at once.
 
 Exit codes: 0 done; 1 failed, rolled back or refused; 2 wrong usage or invalid config;
             3 no master reachable; 4 --timeout passed.";
@@ -32,6 +32,12 @@ Examples:
 
 Exit codes: 0 completed; 1 rolled back or refused; 2 wrong usage or invalid config;
             3 no master reachable; 4 --timeout passed (the upgrade goes on).";
+
+const REEXEC_HELP: &str = "\
+After an update of reuseportd itself; the signal USR2 does the same. The new program first shows, as a child, that it
+can read the state of the running one: if it can't, nothing happens. Whatever is under way goes on.
+
+Exit codes: 0 done; 1 refused, nothing has changed; 3 no master reachable.";
 
 const DOCTOR_HELP: &str = "\
 Works without --config too, then for default settings. Self-tests use sockets of their own on loopback.
@@ -109,6 +115,23 @@ enum Command {
         /// Stay until it has ended
         #[arg(long)]
         wait: bool,
+        /// End at once what a master that was killed has left: keeper and workers. As ExecStopPost= of a unit it does
+        /// nothing when systemd is about to start the service again
+        #[arg(long, conflicts_with = "wait")]
+        left_behind: bool,
+    },
+    /// Replace the master's own program by the one at its path now: same pid, workers untouched
+    #[command(after_help = REEXEC_HELP)]
+    Reexec,
+    /// Try whether the state of a running master is understood. Started by the master before a re-exec
+    #[command(hide = true)]
+    Preflight,
+    /// Hold a master's descriptors, in case it is killed. Started by the master
+    #[command(hide = true)]
+    Keeper {
+        /// Whose keeper it is, for those who read `ps`
+        #[arg(long)]
+        app: Option<String>,
     },
 }
 
@@ -131,6 +154,10 @@ pub(crate) enum Action {
     Sockets { master: Master, json: bool },
     Doctor { config: Option<PathBuf>, json: bool },
     Stop { master: Master, wait: bool },
+    StopLeftBehind { master: Master },
+    Reexec { master: Master },
+    Preflight,
+    Keeper,
 }
 
 /// Which master a client speaks to.
@@ -200,7 +227,11 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
         }
         Command::Sockets { json } => Action::Sockets { master: master(config)?, json },
         Command::Doctor { json } => Action::Doctor { config, json },
-        Command::Stop { wait } => Action::Stop { master: master(config)?, wait },
+        Command::Stop { left_behind: true, .. } => Action::StopLeftBehind { master: master(config)? },
+        Command::Stop { wait, left_behind: false } => Action::Stop { master: master(config)?, wait },
+        Command::Reexec => Action::Reexec { master: master(config)? },
+        Command::Preflight => Action::Preflight,
+        Command::Keeper { app: _app } => Action::Keeper,
     })
 }
 

@@ -6,6 +6,7 @@ mod cli;
 mod client;
 mod config;
 mod doctor;
+mod keeper;
 mod master;
 mod sockets;
 
@@ -24,5 +25,9 @@ fn main() -> ExitCode {
         Action::Sockets { master, json } => sockets::run(&master, json),
         Action::Doctor { config, json } => doctor::run(config.as_deref(), json),
         Action::Stop { master, wait } => client::stop(&master, wait),
+        Action::StopLeftBehind { master } => client::stop_left_behind(&master),
+        Action::Reexec { master } => client::reexec(&master),
+        Action::Preflight => master::preflight(),
+        Action::Keeper => keeper::run(),
     }
 }

@@ -76,6 +76,7 @@ const MALFORMED: &[Case] = &[
         "6:21",
         &["upgrade.canary[0].share", "100%"],
     ),
+    case("@APP\n@LISTEN\n[watchdog]\ntimeout = \"99ms\"\n", "6:11", &["watchdog.timeout", "100ms or more"]),
     case("@APP\n@LISTEN\n[control]\nallow_users = [\"nobody-here\"]\n", "6:16", &["control.allow_users[0]"]),
     case("[log]\n", "1:1", &["app.command: missing", "listen: missing"]),
     // Meaning: keys that must agree.
@@ -102,7 +103,6 @@ const MALFORMED: &[Case] = &[
     ),
     // Not yet.
     case("@APP\n@LISTEN\nprotocol = \"udp\"\n", "5:12", &["listen[0].protocol: not supported yet"]),
-    case("@APP\n@LISTEN\n[watchdog]\ntimeout = \"1s\"\n", "6:11", &["watchdog.timeout: not supported yet"]),
     case(
         "@APP\n[[listen]]\naddress = \"unix:/run/w.sock\"\n",
         "4:11",

@@ -52,6 +52,8 @@ pub(super) enum ClientError {
     Refused { message: String, code: u8, receipt: Option<Box<Receipt>> },
     #[error("upgrade {}: {}", outcome.as_str().replace('_', " "), escape_lines(reason))]
     NotCompleted { outcome: Outcome, reason: String },
+    #[error("what was left behind is not ended: {0}")]
+    LeftBehind(String),
     #[error("standard output: cannot write: {0}")]
     Output(io::Error),
 }
@@ -72,6 +74,7 @@ impl ClientError {
             | Self::NotUnderstood { .. }
             | Self::Unexpected { .. }
             | Self::NotCompleted { .. }
+            | Self::LeftBehind(_)
             | Self::Output(_) => 1,
         }
     }

@@ -1,4 +1,4 @@
-//! The subcommands that speak to a running master: `status`, `upgrade`, `stop`.
+//! The subcommands that speak to a running master: `status`, `upgrade`, `stop`, `reexec`.
 //!
 //! Exit codes: 0 done; 1 failed, rolled back, refused or not allowed; 2 invalid config; 3 no master reachable;
 //! 4 `--timeout` passed.
@@ -46,6 +46,24 @@ pub(crate) fn upgrade(
 /// `stop [--wait]`.
 pub(crate) fn stop(master: &Master, wait: bool) -> ExitCode {
     run(master, |socket| ask_stop(socket, wait, Patience::new(None), &mut stdout()))
+}
+
+/// `stop --left-behind`.
+pub(crate) fn stop_left_behind(master: &Master) -> ExitCode {
+    run(master, |socket| {
+        // Set for ExecStopPost=: any other result means that systemd starts the service again.
+        let result = std::env::var("SERVICE_RESULT").unwrap_or_default();
+        if !["", "success", "timeout"].contains(&result.as_str()) {
+            return print(&mut stdout(), &format!("the service ended by {result}: its workers serve on\n"));
+        }
+        let ended = crate::master::end_left_behind(socket).map_err(ClientError::LeftBehind)?;
+        print(&mut stdout(), &format!("{ended} workers were left behind\n"))
+    })
+}
+
+/// `reexec`.
+pub(crate) fn reexec(master: &Master) -> ExitCode {
+    run(master, |socket| ask_reexec(socket, Patience::new(None), &mut stdout()))
 }
 
 fn run(master: &Master, ask: impl FnOnce(&Path) -> Result<(), ClientError>) -> ExitCode {
@@ -130,6 +148,19 @@ fn await_receipt(connection: &mut Connection, wait: Wait) -> Result<Option<Recei
             Reply::Accepted => {}
             Reply::Receipt { receipt } => return Ok(Some(*receipt)),
             Reply::Status { .. } | Reply::Done | Reply::Error { .. } => return Err(connection.unexpected()),
+        }
+    }
+}
+
+fn ask_reexec(socket: &Path, patience: Patience, out: &mut impl Write) -> Result<(), ClientError> {
+    let mut connection = Connection::open(socket, &Request::Reexec {}, patience)?;
+    loop {
+        match connection.reply()? {
+            Reply::Accepted | Reply::Progress { .. } => {}
+            Reply::Done => return print(out, "re-executed\n"),
+            Reply::Status { .. } | Reply::Receipt { .. } | Reply::Error { .. } => {
+                return Err(connection.unexpected());
+            }
         }
     }
 }

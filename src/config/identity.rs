@@ -16,7 +16,7 @@ use super::suggest::did_you_mean;
 use super::values::quoted;
 
 /// What a login sets: those with a value, and those a user has none for.
-pub(crate) type Login = Vec<(&'static str, Option<String>)>;
+pub(crate) type Login = Vec<(String, Option<String>)>;
 
 /// Why this process can't start such workers.
 #[derive(Debug, thiserror::Error)]
@@ -133,7 +133,9 @@ fn login(account: Option<&unistd::User>) -> Login {
     let home = account.and_then(|account| path(&account.dir)).filter(|home| home != "/");
     let is_none = |shell: &str| ["/nologin", "/false", "/true"].iter().any(|none| shell.ends_with(none));
     let shell = account.and_then(|account| path(&account.shell)).filter(|shell| !is_none(shell));
-    vec![("USER", name.clone()), ("LOGNAME", name), ("HOME", home), ("SHELL", shell)]
+    [("USER", name.clone()), ("LOGNAME", name), ("HOME", home), ("SHELL", shell)]
+        .map(|(variable, value)| (variable.to_owned(), value))
+        .into()
 }
 
 fn capabilities(raw: &schema::App, problems: &mut Problems) -> CapabilitySet {

@@ -13,6 +13,7 @@ mod identity;
 mod listen;
 mod problems;
 mod resolve;
+pub(crate) mod saved;
 mod schema;
 mod socket_path;
 mod source;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
 use reuseportd_sys::identity::Identity;
+use serde::{Deserialize, Serialize};
 
 pub(crate) use self::diagnose::ConfigErrors;
 pub(crate) use self::executable::find_executable;
@@ -39,9 +41,13 @@ pub(crate) use self::socket_path::runtime_directory;
 pub(crate) use self::values::parse_duration;
 
 /// A whole config file, checked. Relative paths have been made absolute against the current directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// It is part of the master's snapshot, which a newer master reads: a field that is added needs `#[serde(default)]`, in
+/// the tables too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Config {
     /// The file this was read from, absolute; an upgrade reads it again.
+    #[serde(with = "saved::path")]
     pub(crate) path: PathBuf,
     pub(crate) app: App,
     /// At least one; names are unique, and no two addresses overlap.
@@ -50,26 +56,32 @@ pub(crate) struct Config {
     pub(crate) readiness: Readiness,
     pub(crate) upgrade: Upgrade,
     pub(crate) restart: Restart,
+    /// `[watchdog] timeout`: how long a serving worker may say nothing. At least 100 ms; `None` lets it be silent.
+    pub(crate) watchdog: Option<Duration>,
     pub(crate) control: Control,
     pub(crate) log: Log,
 }
 
 /// `[app]`: what a worker is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct App {
     pub(crate) name: String,
     /// argv as written, placeholders included; never empty. [`Config::expand_command`] fills them in.
     pub(crate) command: Vec<String>,
     /// Seats per generation, 1 to 1024; `"cpus"` has been resolved.
     pub(crate) workers: u16,
+    #[serde(with = "saved::optional_path")]
     pub(crate) working_directory: Option<PathBuf>,
     pub(crate) environment: BTreeMap<String, String>,
     /// Read at each launch of a generation, with [`App::variables`].
+    #[serde(with = "saved::optional_path")]
     pub(crate) environment_file: Option<PathBuf>,
     pub(crate) umask: Option<u32>,
     /// Soft and hard limit alike; `u64::MAX` is "unlimited".
+    #[serde(with = "saved::limits")]
     pub(crate) limits: Vec<(Resource, u64)>,
     /// User, groups and capabilities, looked up.
+    #[serde(with = "saved::identity")]
     pub(crate) identity: Identity,
     /// Variables of the user's login; empty without one.
     pub(crate) login: identity::Login,
@@ -77,11 +89,12 @@ pub(crate) struct App {
     pub(crate) cpu_by_seat: bool,
     pub(crate) no_new_privileges: bool,
     pub(crate) output: Output,
+    #[serde(with = "saved::signal")]
     pub(crate) stop_signal: Signal,
 }
 
 /// Where a worker's stdout and stderr go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Output {
     /// Through the master, each line tagged with generation, seat and pid.
     Tag,
@@ -90,7 +103,7 @@ pub(crate) enum Output {
 }
 
 /// One `[[listen]]`: an address every worker must own a TCP listener on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Listen {
     pub(crate) name: String,
     /// The port is never 0.
@@ -103,7 +116,7 @@ pub(crate) struct Listen {
 }
 
 /// Who makes the sockets of a `[[listen]]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Bind {
     /// Each worker its own.
     Worker,
@@ -112,13 +125,13 @@ pub(crate) enum Bind {
 }
 
 /// `[steering]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Steering {
     pub(crate) engine: EngineChoice,
 }
 
 /// Which engine the user asked for; what is in force is decided at start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum EngineChoice {
     Auto,
     Ebpf,
@@ -127,7 +140,7 @@ pub(crate) enum EngineChoice {
 }
 
 /// `[readiness]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Readiness {
     pub(crate) method: ReadinessMethod,
     /// For `Http`; begins with `/` and holds no blank.
@@ -139,7 +152,7 @@ pub(crate) struct Readiness {
 }
 
 /// How a worker is known to be ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum ReadinessMethod {
     /// It sends `READY=1` (or says so over the handover channel).
     Notify,
@@ -150,7 +163,7 @@ pub(crate) enum ReadinessMethod {
 }
 
 /// `[upgrade]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Upgrade {
     /// From spawn to ready, above zero.
     pub(crate) ready_timeout: Duration,
@@ -165,7 +178,7 @@ pub(crate) struct Upgrade {
 }
 
 /// When a retired worker gets its stop signal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum StopWhen {
     /// When its accept queue is empty.
     Drained,
@@ -176,7 +189,7 @@ pub(crate) enum StopWhen {
 }
 
 /// `[restart]`: respawns outside of upgrades.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Restart {
     /// The first delay, above zero; doubles up to `backoff_max`.
     pub(crate) backoff: Duration,
@@ -186,7 +199,7 @@ pub(crate) struct Restart {
 }
 
 /// Too many exits within a window stop the respawns for a while.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Breaker {
     /// 1 to 1000.
     pub(crate) exits: u16,
@@ -195,9 +208,10 @@ pub(crate) struct Breaker {
 }
 
 /// `[control]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Control {
     /// Absolute, and short enough for `sockaddr_un`.
+    #[serde(with = "saved::path")]
     pub(crate) socket: PathBuf,
     /// File mode of the socket.
     pub(crate) mode: u32,
@@ -206,14 +220,15 @@ pub(crate) struct Control {
 }
 
 /// `[log]`; the command line may override both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Log {
     pub(crate) format: LogFormat,
+    #[serde(with = "saved::level")]
     pub(crate) level: tracing::Level,
 }
 
 /// How the master writes its own log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 pub(crate) enum LogFormat {
     /// Text on a terminal or under systemd, JSON elsewhere.
     Auto,

@@ -26,11 +26,13 @@ pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, Conf
     let restart = restart(&raw.restart, &mut problems);
     let control = control(&raw.control, &app.name, &mut problems);
     let log = log(&raw.log, &mut problems);
-    problems.wait("watchdog.timeout", &raw.watchdog.timeout, SECOND);
+    let watchdog = raw.watchdog.timeout.as_ref();
+    let watchdog =
+        watchdog.and_then(|timeout| problems.text("watchdog.timeout", timeout, parse_watchdog_timeout));
     unsupported::refuse(raw, &mut problems);
     if problems.is_empty() {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Ok(Config { path, app, listen, steering, readiness, upgrade, restart, control, log })
+        Ok(Config { path, app, listen, steering, readiness, upgrade, restart, watchdog, control, log })
     } else {
         Err(ConfigErrors::new(path, text, problems))
     }
@@ -160,6 +162,15 @@ fn restart(raw: &schema::Restart, problems: &mut Problems) -> Restart {
             cooldown: problems.wait("restart.breaker.cooldown", &breaker.cooldown, 60 * SECOND),
         },
     }
+}
+
+/// Who beats every half of less is found dead for being scheduled late.
+const WATCHDOG_MIN: Duration = Duration::from_millis(100);
+
+fn parse_watchdog_timeout(text: &str) -> Result<Duration, Refused> {
+    let timeout = parse_duration(text)?;
+    let help = "it must be 100ms or more; leave [watchdog] out to have none";
+    if timeout < WATCHDOG_MIN { Err(refused(text, "is too short", help)) } else { Ok(timeout) }
 }
 
 fn control(raw: &schema::Control, app: &str, problems: &mut Problems) -> Control {

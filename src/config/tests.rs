@@ -1,6 +1,8 @@
 //! Whole files through `load`.
 
+use std::ffi::OsString;
 use std::io::Write;
+use std::os::unix::ffi::OsStringExt;
 
 use rustix::thread::CapabilitySet;
 
@@ -50,6 +52,8 @@ backoff = "1s"
 backoff_max = "2s"
 stable_after = "3s"
 breaker = { exits = 4, cooldown = "5s" }
+[watchdog]
+timeout = "6s"
 [control]
 socket = "/tmp/x.sock"
 mode = "0660"
@@ -99,7 +103,7 @@ fn the_smallest_config_has_the_defaults_of_the_contract() {
         stable_after: seconds(10),
         breaker: Breaker { exits: 10, window: seconds(60), cooldown: seconds(60) },
     };
-    assert_eq!(config.restart, restart);
+    assert_eq!((config.restart, config.watchdog), (restart, None));
     assert_eq!((config.control.mode, config.control.allow_users.as_slice()), (0o600, [].as_slice()));
     assert!(config.control.socket.ends_with("web/control.sock"), "{:?}", config.control.socket);
     assert_eq!(config.log, Log { format: LogFormat::Auto, level: tracing::Level::INFO });
@@ -119,9 +123,40 @@ fn every_key_that_has_a_meaning_now_is_taken() {
     assert_eq!(config.upgrade.settle_timeout, Some(Duration::from_secs(3)));
     assert_eq!(config.restart.breaker.exits, 4);
     assert_eq!(config.restart.breaker.window, Duration::from_secs(60));
+    assert_eq!(config.watchdog, Some(Duration::from_secs(6)));
     let control = Control { socket: "/tmp/x.sock".into(), mode: 0o660, allow_users: vec![0, 12] };
     assert_eq!(config.control, control);
     assert_eq!(config.log, Log { format: LogFormat::Json, level: tracing::Level::DEBUG });
+}
+
+#[test]
+fn a_config_survives_the_snapshot() {
+    let survives = |config: Config| {
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), config, "{text}");
+        text
+    };
+    let examples =
+        ["examples", "examples/servers"].map(|path| Path::new(env!("CARGO_MANIFEST_DIR")).join(path));
+    let files = examples.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let files = files.map(|file| file.unwrap().path());
+    let configs = files.filter(|path| path.extension().is_some_and(|end| end == "toml"));
+    assert!(configs.map(|path| survives(load(&path).unwrap())).count() > 10);
+    let more = "[app]\nuser = \"root\"\ngroup = 61235\ncapabilities = [\"CAP_BPF\"]\ncpu_affinity = \"seat\"";
+    let mut config = load_text(&FULL.replace("[app]", more)).unwrap();
+    let text = survives(config.clone());
+    for word in [r#""stop_signal":"SIGQUIT""#, r#"["memlock",18446744073709551615]"#, r#""level":"DEBUG""#] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    config.path = OsString::from_vec(vec![b'/', 0xff]).into();
+    config.app.environment_file = Some(config.path.clone());
+    survives(config);
+    // What an older master does not know of is absent.
+    let older = survives(load_text(SMALLEST).unwrap()).replace(r#""watchdog":null,"#, "");
+    assert_eq!(serde_json::from_str::<Config>(&older).unwrap().watchdog, None);
+    let wrong = older.replace("SIGTERM", "SIGNONE");
+    let said = serde_json::from_str::<Config>(&wrong).unwrap_err().to_string();
+    assert!(said.starts_with("signal \"SIGNONE\" is not known to this version"), "{said}");
 }
 
 /// Keys of later versions: table, the key with its default ("" when it has none), the key asking for something.
@@ -136,7 +171,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ("upgrade", r#"bake = "0s""#, r#"bake = "1s""#),
     ("upgrade", "check = []", r#"check = ["/bin/true"]"#),
     ("upgrade", r#"check_interval = "2s""#, r#"check_interval = "3s""#),
-    ("watchdog", "", r#"timeout = "10s""#),
     ("console", "", r#"listen = "127.0.0.1:9180""#),
     ("log", r#"format = "auto""#, r#"format = "journal""#),
 ];
@@ -173,7 +207,7 @@ fn an_identity_is_looked_up() {
     assert_eq!(app.uid().as_raw(), 0);
     assert_eq!(app.identity.groups.unwrap().gid.as_raw(), 0);
     assert_eq!(app.identity.capabilities, CapabilitySet::KILL | CapabilitySet::BPF);
-    assert!(app.login.contains(&("USER", Some("root".to_owned()))), "{:?}", app.login);
+    assert!(app.login.contains(&("USER".to_owned(), Some("root".to_owned()))), "{:?}", app.login);
     // By number, in either notation, and without an account.
     for user in ["61234", "\"61234\""] {
         let app = load_text(&with_app(&format!("user = {user}\ngroup = 61235\ncpu_affinity = \"seat\"")))

@@ -19,14 +19,13 @@ type Asked = Option<Range<usize>>;
 /// Adds a finding for every key in use whose feature is missing.
 pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
     let upgrade = &raw.upgrade;
-    let table: [(&str, Asked, &str); 9] = [
+    let table: [(&str, Asked, &str); 8] = [
         ("steering.policy", other_than(&raw.steering.policy, "hash"), "leave it out, or write \"hash\""),
         ("upgrade.batch", other_word(&upgrade.batch, "all"), "leave it out, or write \"all\""),
         ("upgrade.canary", not_empty(&upgrade.canary), "leave it out"),
         ("upgrade.bake", other_time(&upgrade.bake, 0), "leave it out, or write \"0s\""),
         ("upgrade.check", not_empty(&upgrade.check), "leave it out"),
         ("upgrade.check_interval", other_time(&upgrade.check_interval, 2000), "leave it out"),
-        ("watchdog.timeout", set(&raw.watchdog.timeout), "leave [watchdog] out"),
         ("console.listen", set(&raw.console.listen), "leave [console] out"),
         (
             "log.format",

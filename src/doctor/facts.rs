@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use reuseportd_core::Engine;
 use reuseportd_sys::{capability, cbpf, limits, procfs};
+use rustix::fs::StatVfsMountFlags;
 use rustix::process::{Resource, getrlimit};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, capability_is_in_bounding_set};
 
 use super::trials::{Trial, Trials};
 use crate::config::{Bind, Config, EngineChoice};
@@ -61,6 +62,8 @@ pub(super) struct Rights {
     pub(super) sys_ptrace: bool,
     pub(super) net_admin: bool,
     pub(super) net_bind_service: bool,
+    /// Capabilities that this process and what it executes can have at all.
+    pub(super) bounds: CapabilitySet,
     /// A descriptor fetched from a child of our own.
     pub(super) getfd: Trial,
 }
@@ -68,6 +71,8 @@ pub(super) struct Rights {
 /// Sysctls; none where the kernel doesn't have it or doesn't show it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Settings {
+    /// They can't be set from in here, as in a container.
+    pub(super) are_read_only: bool,
     pub(super) somaxconn: Option<u64>,
     pub(super) tcp_max_syn_backlog: Option<u64>,
     pub(super) tcp_syncookies: Option<u64>,
@@ -151,6 +156,7 @@ impl Rights {
             sys_ptrace: capability::has_sys_ptrace(),
             net_admin: capability::has_net_admin(),
             net_bind_service: effective.contains(CapabilitySet::NET_BIND_SERVICE),
+            bounds: bounds(),
             getfd: super::trials::getfd(),
         }
     }
@@ -159,7 +165,9 @@ impl Rights {
 impl Settings {
     fn gather() -> Settings {
         let number = |name: &str| procfs::sysctl(name)?.trim().parse().ok();
+        let mount = rustix::fs::statvfs("/proc/sys");
         Settings {
+            are_read_only: mount.is_ok_and(|mount| mount.f_flag.contains(StatVfsMountFlags::RDONLY)),
             somaxconn: number("net.core.somaxconn"),
             tcp_max_syn_backlog: number("net.ipv4.tcp_max_syn_backlog"),
             tcp_syncookies: number("net.ipv4.tcp_syncookies"),
@@ -170,6 +178,14 @@ impl Settings {
             ptrace_scope: number("kernel.yama.ptrace_scope"),
         }
     }
+}
+
+/// Of those that matter here.
+fn bounds() -> CapabilitySet {
+    use CapabilitySet as Set;
+    let all = [Set::BPF, Set::NET_ADMIN, Set::NET_BIND_SERVICE, Set::SYS_PTRACE];
+    // A kernel that does not know a capability does not give it either.
+    all.into_iter().filter(|one| capability_is_in_bounding_set(*one).unwrap_or(false)).collect()
 }
 
 fn cgroup2() -> Option<String> {

@@ -9,8 +9,10 @@ use reuseportd_core::{Event, StopMode, Ticket, Trigger, Wait};
 use reuseportd_sys::socket;
 use reuseportd_wire::control::{self, REQUEST_BYTES_MAX, Reply, Request};
 use reuseportd_wire::status::Phase;
+use serde::{Deserialize, Serialize};
 
 use super::Shell;
+use super::carried::Carried;
 
 /// Clients at a time; more are turned away at once.
 const CLIENTS_MAX: usize = 256;
@@ -18,9 +20,9 @@ const CLIENTS_MAX: usize = 256;
 const UNSENT_BYTES_MAX: usize = control::REPLY_BYTES_MAX;
 
 /// One connection.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Client {
-    stream: UnixStream,
+    stream: Carried<UnixStream>,
     /// Not allowed: whatever it says, it is told so.
     is_refused: bool,
     request: Vec<u8>,
@@ -32,9 +34,9 @@ pub(super) struct Client {
 }
 
 /// All of them. A client's number is the ticket under which the core knows its wish.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Clients {
-    listener: UnixListener,
+    listener: Carried<UnixListener>,
     allowed: Vec<u32>,
     by_number: BTreeMap<u32, Client>,
     last: u32,
@@ -44,7 +46,7 @@ impl Clients {
     pub(super) fn new(listener: UnixListener, allow_users: &[u32]) -> Clients {
         let mut allowed = vec![0, rustix::process::geteuid().as_raw()];
         allowed.extend(allow_users);
-        Clients { listener, allowed, by_number: BTreeMap::new(), last: 0 }
+        Clients { listener: Carried::new(listener), allowed, by_number: BTreeMap::new(), last: 0 }
     }
 
     pub(super) fn listener(&self) -> BorrowedFd<'_> {
@@ -75,7 +77,7 @@ impl Clients {
             }
             self.last += 1;
             let client = Client {
-                stream,
+                stream: Carried::new(stream),
                 is_refused,
                 request: Vec::new(),
                 unsent: Vec::new(),
@@ -193,6 +195,10 @@ impl Shell {
                     self.inbox.push_back(Event::Hurry);
                 }
             }
+            Ok(Request::Reexec {}) => {
+                self.accepted(number, true);
+                self.inbox.push_back(Event::Reexec { by: Some(Ticket(number)) });
+            }
             Ok(Request::Stop { wait }) => {
                 self.accepted(number, wait);
                 let by = wait.then_some(Ticket(number));
@@ -222,6 +228,15 @@ impl Shell {
                 self.clients.reply(number, &reply, true);
             }
         }
+    }
+
+    /// The end of a wait for a re-exec.
+    pub(super) fn answer_reexec(&mut self, to: Ticket, done: bool) {
+        let reply = match done {
+            true => Reply::Done,
+            false => Reply::Error { message: self.reexec_refusal(), code: 1, receipt: None },
+        };
+        self.clients.reply(to.0, &reply, true);
     }
 
     /// The end of a client's wait.

@@ -10,11 +10,13 @@ use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS
 use reuseportd_sys::{capability, cbpf};
 
 use reuseportd_wire::status as wire;
+use serde::{Deserialize, Serialize};
 
+use super::carried::Carried;
 use crate::config::{Bind, EngineChoice, Listen};
 
 /// The engine in force, and why it is this one.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Choice {
     pub(crate) engine: Engine,
     pub(crate) reason: String,
@@ -68,7 +70,7 @@ fn try_ebpf() -> Result<(), String> {
 }
 
 /// One configured address.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Group {
     pub(super) name: String,
     pub(super) address: SocketAddr,
@@ -77,7 +79,7 @@ pub(super) struct Group {
     pub(super) bind: Bind,
     /// Where its sockets are really bound: `[::]:80` may stand for `0.0.0.0:80`.
     pub(super) bound: Option<SocketAddr>,
-    ebpf: Option<EbpfGroup>,
+    ebpf: Option<Carried<EbpfGroup>>,
     /// The plan record in force, which is never written.
     record: u32,
     /// Migrations into generations that are gone.
@@ -107,7 +109,7 @@ const EMPTY_KEY: u32 = bpf::CAPACITY_DEFAULT - 2;
 const PROOF_KEY: u32 = bpf::CAPACITY_DEFAULT - 1;
 
 /// All groups, by the core's number for them.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Groups {
     pub(super) choice: Choice,
     by_id: BTreeMap<GroupId, Group>,
@@ -133,7 +135,7 @@ impl Groups {
             return Ok(*id);
         }
         let ebpf = match self.choice.engine {
-            Engine::Ebpf => Some(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?),
+            Engine::Ebpf => Some(Carried::new(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?)),
             Engine::Cbpf | Engine::None => None,
         };
         let (name, address) = (listen.name.clone(), listen.address);
@@ -185,6 +187,20 @@ impl Groups {
     /// The group of a number the core uses.
     pub(super) fn of(&self, id: GroupId) -> Option<&Group> {
         self.by_id.get(&id)
+    }
+
+    /// After a crash: what is in force, and what is in the maps, may be newer than what is known.
+    pub(super) fn find_again(&mut self, keys: impl Fn(GroupId) -> BTreeSet<u32>) {
+        for (id, group) in &mut self.by_id {
+            let Some(ebpf) = &group.ebpf else { continue };
+            let found = ebpf.selected().and_then(|record| {
+                group.record = record;
+                ebpf.retain_keys(&keys(*id))
+            });
+            if let Err(error) = found {
+                report(*id, &error);
+            }
+        }
     }
 
     /// Every group with its number.
@@ -277,7 +293,7 @@ impl Groups {
     }
 
     fn ebpf(&self, id: GroupId) -> Result<&EbpfGroup, i32> {
-        self.by_id.get(&id).and_then(|group| group.ebpf.as_ref()).ok_or(nix::libc::EINVAL)
+        self.by_id.get(&id).and_then(|group| group.ebpf.as_deref()).ok_or(nix::libc::EINVAL)
     }
 
     /// Connections the program has migrated so far, into generations alive or gone.

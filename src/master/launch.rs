@@ -14,11 +14,13 @@ use reuseportd_core::{Engine, Generation, GroupId, Seat, WorkerId};
 use reuseportd_sys::bpf::BpfError;
 use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
-use reuseportd_sys::socket;
+use reuseportd_sys::{procfs, socket};
 use reuseportd_wire::env;
 use rustix::fs::Access;
 use rustix::thread::{CpuSet, sched_getaffinity};
+use serde::{Deserialize, Serialize};
 
+use super::carried::{Carried, Pidfd};
 use super::groups::Groups;
 use super::output::Output;
 use super::process::{LastLines, Process};
@@ -29,15 +31,16 @@ use crate::config::{self, Bind, Config, Listen, Output as OutputMode, ReadinessM
 
 /// What the workers of one generation are started from, however often: the config and the program as they were when
 /// the generation was asked for.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Launch {
     pub(super) config: Rc<Config>,
-    pub(super) executable: PinnedExecutable,
+    pub(super) executable: Carried<PinnedExecutable>,
     /// The groups of its listeners, in the config's order.
     pub(super) groups: Vec<GroupId>,
     /// `environment` and `environment_file`, read once.
     variables: BTreeMap<String, String>,
     /// Of the executable; worked out when somebody asks.
+    #[serde(skip)]
     pub(super) sha256: OnceCell<Option<String>>,
 }
 
@@ -89,6 +92,7 @@ impl Launch {
         let path = config::find_executable(&config.app, &variables)
             .map_err(|error| LaunchError::NotFound(error.to_string()))?;
         let executable = PinnedExecutable::open(&path)
+            .map(Carried::new)
             .map_err(|source| LaunchError::Open { path: path.display().to_string(), source })?;
         let groups = groups.open(&config.listen)?;
         Ok(Launch { config, executable, groups, variables, sha256: OnceCell::new() })
@@ -140,6 +144,9 @@ impl Launch {
             (env::LISTEN, env::format_listen(&listen)),
             (env::CHANNEL, self.channel_number().to_string()),
         ];
+        if let Some(timeout) = self.config.watchdog {
+            own.push((env::WATCHDOG_USEC, timeout.as_micros().to_string()));
+        }
         own.extend(self.seat_variables(generation));
         variables.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
         variables.insert(env::NOTIFY_SOCKET.into(), shell.runtime.notify_path().into());
@@ -211,10 +218,10 @@ impl Shell {
             app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
         let directory = directory.transpose().map_err(nul)?;
         // The configured limits come last, and win.
-        let inherited = self.nofile.as_ref().map(|nofile| Limit {
+        let inherited = self.limits.map(|limits| Limit {
             resource: Resource::RLIMIT_NOFILE as u32,
-            soft: nofile.before.unwrap_or(u64::MAX),
-            hard: nofile.hard.unwrap_or(u64::MAX),
+            soft: limits.soft.unwrap_or(u64::MAX),
+            hard: limits.hard.unwrap_or(u64::MAX),
         });
         let configured = app.limits.iter().map(|(resource, value)| Limit {
             resource: *resource as u32,
@@ -222,11 +229,14 @@ impl Shell {
             hard: *value,
         });
         let limits: Vec<Limit> = inherited.into_iter().chain(configured).collect();
+        let listen_pid = launch.seat_listeners().next().map(|_| env::LISTEN_PID);
+        let watchdog_pid = launch.config.watchdog.map(|_| env::WATCHDOG_PID);
+        let pid_variables: Vec<_> = listen_pid.into_iter().chain(watchdog_pid).collect();
         let spec = SpawnSpec {
             executable: &launch.executable,
             argv: &argv,
             envp: &envp,
-            pid_variable: launch.seat_listeners().next().map(|_| env::LISTEN_PID),
+            pid_variables: &pid_variables,
             fds: &fds,
             umask: app.umask,
             identity: &app.identity,
@@ -278,10 +288,13 @@ fn process(
         generation,
         seat,
         pid: spawned.pid,
-        pidfd: spawned.pidfd,
+        // It is our child: it can't have been reaped, so it is there.
+        start_time: procfs::start_time(spawned.pid).unwrap_or(0),
+        pidfd: Carried::new(Pidfd(spawned.pidfd)),
+        is_child: true,
         is_ended: false,
         started: clock::now(),
-        channel: Some(channel),
+        channel: Some(Carried::new(channel)),
         output,
         status: None,
         detail: None,

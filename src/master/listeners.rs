@@ -1,14 +1,17 @@
 //! Listeners by the core's number: which socket each is, who holds it, and the master's handle.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use reuseportd_core::{GroupId, ListenerId, Seat, WorkerId};
 use reuseportd_sys::{pidfd, procfs, socket};
+use serde::{Deserialize, Serialize};
+
+use super::carried::{Carried, if_held};
 
 /// One socket.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listener {
     pub(super) group: GroupId,
     /// The worker that made it; `None` for the socket of a seat, which the master made.
@@ -20,13 +23,14 @@ pub(super) struct Listener {
     pub(super) inode: u64,
     /// A process that holds it, and under which number; `None` if it came over the channel.
     pub(super) owner: Option<(i32, i32)>,
-    pub(super) handle: Option<OwnedFd>,
+    #[serde(with = "if_held")]
+    pub(super) handle: Option<Carried<OwnedFd>>,
     /// `ebpf`: the key it was last put under.
     pub(super) key: Option<u32>,
 }
 
 /// All listeners the core knows, or will be told of.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Listeners {
     by_id: BTreeMap<ListenerId, Listener>,
     last: u32,
@@ -62,7 +66,7 @@ impl Listeners {
         let id = ListenerId(self.last);
         self.by_id.insert(
             id,
-            Listener { group, worker, seat, cookie, inode, owner, handle: Some(handle), key: None },
+            Listener { group, worker, seat, cookie, inode, owner, handle: Some(Carried::new(handle)), key: None },
         );
         Ok(id)
     }
@@ -84,7 +88,23 @@ impl Listeners {
 
     /// The master's handle.
     pub(super) fn handle(&self, id: ListenerId) -> Option<BorrowedFd<'_>> {
-        self.by_id.get(&id)?.handle.as_ref().map(AsFd::as_fd)
+        self.by_id.get(&id)?.handle.as_ref().map(|handle| handle.as_fd())
+    }
+
+    /// The names of the master's handle at the keeper.
+    pub(super) fn handle_names(&self, id: ListenerId) -> Vec<String> {
+        let handle = self.by_id.get(&id).and_then(|listener| listener.handle.as_ref());
+        handle.into_iter().flat_map(Carried::names).collect()
+    }
+
+    /// Those of which the master holds no handle.
+    pub(super) fn without_handle(&self) -> Vec<ListenerId> {
+        self.by_id.iter().filter(|(_, listener)| listener.handle.is_none()).map(|(id, _)| *id).collect()
+    }
+
+    /// The keys of a group's listeners.
+    pub(super) fn keys(&self, group: GroupId) -> BTreeSet<u32> {
+        self.by_id.values().filter(|listener| listener.group == group).filter_map(|l| l.key).collect()
     }
 
     /// A listener was put under this key, in the place of whichever was there; or the key is empty now.
@@ -101,7 +121,7 @@ impl Listeners {
     /// Any handle of a group: programs are attached to a group through one of its sockets.
     pub(super) fn member(&self, group: GroupId) -> Option<BorrowedFd<'_>> {
         let mut handles = self.by_id.values().filter(|l| l.group == group).filter_map(|l| l.handle.as_ref());
-        handles.find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false)).map(AsFd::as_fd)
+        handles.find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false)).map(|handle| handle.as_fd())
     }
 
     /// Whether there is any in this group.
@@ -123,7 +143,7 @@ impl Listeners {
         if socket::inode(handle.as_fd())? != listener.inode {
             return Err(io::ErrorKind::NotFound.into());
         }
-        listener.handle = Some(handle);
+        listener.handle = Some(Carried::new(handle));
         Ok(())
     }
 

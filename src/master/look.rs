@@ -22,16 +22,29 @@ const REACH: &str = "give the master CAP_SYS_PTRACE and a seccomp filter that al
 
 /// A listener that a process of a worker holds.
 #[derive(Debug, Clone)]
-struct Held {
-    pid: i32,
-    number: i32,
-    socket: Socket,
+pub(super) struct Held {
+    pub(super) pid: i32,
+    pub(super) number: i32,
+    pub(super) socket: Socket,
 }
 
 /// Why one address is not served by a worker.
-enum Missing {
+pub(super) enum Missing {
     NotYet(Problem, String),
     Never(Problem, String),
+}
+
+impl Missing {
+    pub(super) fn text(self) -> String {
+        match self {
+            Missing::NotYet(_, text) | Missing::Never(_, text) => text,
+        }
+    }
+}
+
+pub(super) fn failed(error: io::Error) -> Missing {
+    let errno = super::groups::errno(&error);
+    Missing::NotYet(Problem::Failed(errno), format!("looking for its listeners failed: {error}"))
 }
 
 impl Shell {
@@ -63,10 +76,6 @@ impl Shell {
     }
 
     fn find_all(&mut self, worker: WorkerId, pid: i32) -> Result<Vec<(GroupId, ListenerId)>, Missing> {
-        let failed = |error: io::Error| {
-            let errno = super::groups::errno(&error);
-            Missing::NotYet(Problem::Failed(errno), format!("looking for its listeners failed: {error}"))
-        };
         let pids = self.processes_of(pid).map_err(failed)?;
         let listening = self.listening().map_err(failed)?;
         let held = held_by(&pids, listening).map_err(|error| match self.launch_of(worker) {
@@ -200,7 +209,7 @@ pub(super) fn dump(port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
 }
 
 /// Listening sockets held by these processes; each socket once.
-fn held_by(pids: &[i32], listening: &[Socket]) -> io::Result<Vec<Held>> {
+pub(super) fn held_by(pids: &[i32], listening: &[Socket]) -> io::Result<Vec<Held>> {
     let by_inode: BTreeMap<u64, &Socket> =
         listening.iter().map(|socket| (u64::from(socket.inode), socket)).collect();
     let mut seen = BTreeSet::new();
@@ -223,7 +232,7 @@ fn held_by(pids: &[i32], listening: &[Socket]) -> io::Result<Vec<Held>> {
     denied.filter(|_| held.is_empty()).map_or(Ok(held), Err)
 }
 
-fn serves(socket: &Socket, listen: &Listen) -> bool {
+pub(super) fn serves(socket: &Socket, listen: &Listen) -> bool {
     place::serves(socket.local, socket.v6only.unwrap_or(false), listen)
 }
 
@@ -244,7 +253,7 @@ fn hidden(launch: &Launch, error: &io::Error) -> Missing {
 }
 
 /// A duplicate of a worker's listener, which has to be in a SO_REUSEPORT group.
-fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd, Missing> {
+pub(super) fn take_handle(id: GroupId, address: SocketAddr, held: &Held) -> Result<OwnedFd, Missing> {
     let denied = |error: io::Error| {
         let text = format!("its listener on {address} can't be reached ({error}): {REACH}");
         Missing::Never(Problem::NotPermitted(id), text)

@@ -1,26 +1,35 @@
 //! The master: owns descriptors, processes and the clock, and decides nothing. What happens becomes an event for the
 //! core; what the core answers is carried out, one command after the other.
 
+mod carried;
 mod channel;
 mod clock;
 mod control;
 mod exchange;
 mod groups;
+mod journal;
+mod keeping;
 mod launch;
+mod left_behind;
 mod listeners;
 mod log;
 mod look;
 mod notifications;
+mod orphans;
 mod output;
 mod perform;
 mod place;
 mod process;
 mod prove;
+mod reaper;
+mod reexec;
 mod reload;
 mod report;
+mod restore;
 mod run;
 mod runtime;
 mod seats;
+mod snapshot;
 mod start;
 mod status;
 mod turn;
@@ -33,21 +42,50 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use reuseportd_core::{Event, Generation, GroupId, GroupView, ListenerId, Master, Time, WorkerId};
-use reuseportd_sys::limits::Nofile;
+use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::signals::SignalPipe;
 use reuseportd_wire::status as wire;
+use serde::{Deserialize, Serialize};
 
+use self::carried::Carried;
 use self::control::Clients;
 use self::groups::Groups;
+use self::keeping::Saving;
 use self::launch::Launch;
 use self::listeners::Listeners;
 use self::process::Process;
+use self::reexec::Preflight;
 use self::runtime::Runtime;
 use self::upstream::Upstream;
-use crate::config::Config;
+use crate::config::{Config, LogFormat};
+use crate::keeper::Keeper;
 
 pub(crate) use self::groups::choose;
+pub(crate) use self::left_behind::end as end_left_behind;
+pub(crate) use self::reexec::preflight;
 pub(crate) use self::start::run;
+
+/// Limits of open files: soft and hard; `None` is unlimited.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Limits {
+    soft: Option<u64>,
+    hard: Option<u64>,
+}
+
+/// How the log is written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct LogSettings {
+    format: LogFormat,
+    /// From the command line.
+    level: Option<String>,
+}
+
+impl LogSettings {
+    /// The command line's level wins.
+    fn level(&self, config: &Config) -> tracing::Level {
+        self.level.as_ref().and_then(|level| level.parse().ok()).unwrap_or(config.log.level)
+    }
+}
 
 /// Everything the master owns. What is to survive an exec is plain data in `core`, and descriptors in tables by the
 /// core's numbers.
@@ -83,16 +121,34 @@ struct Shell {
     /// Why the state is what it is.
     state_reason: Option<String>,
     clients: Clients,
-    notify: UnixDatagram,
+    notify: Carried<UnixDatagram>,
     /// Notifications from processes that are no worker's.
     notify_rejected: u64,
     upstream: Upstream,
     signals: SignalPipe,
     /// The limit of open files before the master raised its own: what workers get unless told otherwise.
-    nofile: Option<Nofile>,
+    limits: Option<Limits>,
+    log: LogSettings,
     log_level: log::Level,
-    /// From the command line.
-    log_level_override: Option<tracing::Level>,
     runtime: Runtime,
+    /// How often the program was replaced in place.
+    reexecs: u32,
+    /// The workers, or some of them, were a killed master's.
+    adopted: bool,
+    /// What is executed by a re-exec.
+    program: PathBuf,
+    preflight: Option<Preflight>,
+    /// The program that has read the state.
+    proven: Option<PinnedExecutable>,
+    /// At the end of the turn.
+    is_reexec_due: bool,
+    /// Why the last one failed, in words.
+    reexec_error: Option<String>,
+    keeper: Option<Carried<Keeper>>,
+    /// That of a former image or master, until the new one has everything.
+    former: Option<Keeper>,
+    saving: Saving,
+    /// What the journal says.
+    journalled: Option<Vec<journal::Entry>>,
     exit: Option<u8>,
 }

@@ -62,7 +62,9 @@ impl Shell {
                     process.status = Some(printable(value).chars().take(STATUS_CHARS_MAX).collect());
                 }
             }
-            // STOPPING= and MAINPID= change nothing here; WATCHDOG= has no timeout to feed.
+            "WATCHDOG" if value == "1" => self.inbox.push_back(Event::Alive { worker }),
+            "WATCHDOG" if value == "trigger" => self.inbox.push_back(Event::Stuck { worker }),
+            // STOPPING= and MAINPID= change nothing here.
             _ => {}
         }
     }

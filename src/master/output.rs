@@ -3,8 +3,11 @@
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use reuseportd_sys::pipe;
+use rustix::pipe::fcntl_setpipe_size;
+use serde::{Deserialize, Serialize};
 
+use super::carried::Carried;
 use super::log::{ATOMIC_BYTES, Patient};
 use super::process::{LastLines, printable};
 
@@ -14,9 +17,9 @@ const PIPE_BYTES: usize = 1 << 20;
 const TURN_BYTES: usize = 1 << 16;
 
 /// The reading end of a worker's stdout and stderr.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Output {
-    pipe: OwnedFd,
+    pipe: Carried<OwnedFd>,
     tag: String,
     /// The beginning of a line whose end has not come yet.
     rest: Vec<u8>,
@@ -25,14 +28,14 @@ pub(super) struct Output {
 impl Output {
     /// A pipe: the master's end, and the end for the worker.
     pub(super) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (reader, writer) = pipe::log_pipe()?;
         // Less is enough where the user's pipe budget is used up.
         let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
-        rustix::io::ioctl_fionbio(&reader, true)?;
         Ok((reader, writer))
     }
 
     pub(super) fn new(pipe: OwnedFd, generation: u32, seat: u16, pid: i32) -> Output {
+        let pipe = Carried::new(pipe);
         Output { pipe, tag: format!("[g{generation} s{seat} {pid}] "), rest: Vec::new() }
     }
 
@@ -45,7 +48,7 @@ impl Output {
         let mut buffer = [0; 8192];
         let mut handled = 0;
         while handled < TURN_BYTES {
-            match rustix::io::read(&self.pipe, &mut buffer) {
+            match rustix::io::read(self.fd(), &mut buffer) {
                 Ok(0) => {
                     self.flush(last);
                     return false;

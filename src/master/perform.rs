@@ -73,6 +73,7 @@ impl Shell {
                 self.inbox.push_back(Event::Owned { listener, owned });
             }
             Command::Release { listener, shutdown } => {
+                self.release_kept(listener);
                 let worker = self.listeners.of(listener).and_then(|listener| listener.worker);
                 let lives = worker.is_some_and(|worker| self.processes.contains_key(&worker));
                 self.listeners.release(listener, shutdown, lives);
@@ -80,6 +81,12 @@ impl Shell {
             Command::Observe { group } => self.look_at(group),
             Command::Count { workers } => self.count_connections(&workers),
             Command::Notify(notice) => self.upstream.notice(notice),
+            Command::ReplyReexec { to, done } => self.answer_reexec(to, done),
+            Command::Preflight => self.begin_preflight(),
+            Command::EndPreflight => self.end_preflight(),
+            Command::Reexec => self.is_reexec_due = true,
+            Command::Save => self.saving.is_asked_for = true,
+            Command::StartKeeper => self.start_keeper(),
             Command::Reply { to, receipt } => self.answer(to, receipt),
             Command::Report(report) => self.tell_people(report),
             Command::Exit { code } => self.exit = Some(code),
@@ -102,6 +109,7 @@ impl Shell {
 
     fn reap(&mut self, worker: WorkerId) {
         if let Some(process) = self.processes.remove(&worker)
+            && process.is_child
             && let Err(error) = pidfd::reap(process.pidfd.as_fd())
         {
             tracing::error!(pid = process.pid, %error, "cannot reap a worker");
@@ -120,14 +128,10 @@ impl Shell {
     /// The end of a worker's first process. What it printed last is read before the core hears of it.
     pub(super) fn worker_ended(&mut self, worker: WorkerId) {
         let Some(process) = self.processes.get_mut(&worker) else { return };
-        match pidfd::peek_exit(process.pidfd.as_fd()) {
+        match process.peek_exit() {
             Ok(None) => {}
             Ok(Some(how)) => {
                 process.is_ended = true;
-                let how = match how {
-                    pidfd::Exit::Code(code) => reuseportd_core::Exit::Code(code),
-                    pidfd::Exit::Signal { number, .. } => reuseportd_core::Exit::Signal(number),
-                };
                 self.read_channel(worker);
                 self.read_output(worker);
                 let remains = self.has_remains(worker);
@@ -223,6 +227,9 @@ impl Shell {
             | Report::SteerFailed(..)
             | Report::ListenerLost(_)
             | Report::Killed(..)
+            | Report::Reexecuted
+            | Report::ReexecRefused
+            | Report::Adopted(_)
             | Report::Bug(_) => {}
         }
         self.log_report(&report);
@@ -234,9 +241,9 @@ impl Shell {
         self.groups.fold_counters(generation);
         if let Some(launch) = self.prepared.pop_front() {
             self.config = Rc::clone(&launch.config);
-            if let Err(error) = self.log_level.reload(tracing_subscriber::filter::LevelFilter::from_level(
-                self.log_level_override.unwrap_or(self.config.log.level),
-            )) {
+            let level = self.log.level(&self.config);
+            let filter = tracing_subscriber::filter::LevelFilter::from_level(level);
+            if let Err(error) = self.log_level.reload(filter) {
                 tracing::warn!(%error, "cannot change the log level");
             }
             for (group, listen) in launch.listeners() {

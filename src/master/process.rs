@@ -1,10 +1,15 @@
 //! One worker's process: its pidfd, its channel, what it says.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
-use reuseportd_core::{Generation, Seat, Time};
+use serde::{Deserialize, Serialize};
 
+use reuseportd_core::{Exit, Generation, Seat, Time};
+use reuseportd_sys::pidfd;
+
+use super::carried::{Carried, Pidfd, if_held};
 use super::output::Output;
 
 /// Lines kept for the reason of a failure.
@@ -13,17 +18,22 @@ const LINES_KEPT: usize = 10;
 const LINE_BYTES_KEPT: usize = 300;
 
 /// A worker's process, from its spawn until it is reaped.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Process {
     pub(super) generation: Generation,
     pub(super) seat: Seat,
     pub(super) pid: i32,
-    pub(super) pidfd: OwnedFd,
+    /// When it started, in clock ticks since boot: with the pid this names one process for good.
+    pub(super) start_time: u64,
+    pub(super) pidfd: Carried<Pidfd>,
+    /// It was started by this master, in this image or an earlier one.
+    pub(super) is_child: bool,
     /// The end has been seen; the pidfd stays readable until the process is reaped.
     pub(super) is_ended: bool,
     pub(super) started: Time,
     /// The handover channel, until the worker closes its end.
-    pub(super) channel: Option<OwnedFd>,
+    #[serde(with = "if_held")]
+    pub(super) channel: Option<Carried<OwnedFd>>,
     pub(super) output: Option<Output>,
     /// Text of STATUS=.
     pub(super) status: Option<String>,
@@ -32,8 +42,27 @@ pub(super) struct Process {
     pub(super) last_lines: LastLines,
 }
 
+impl Process {
+    /// How it ended, if it has; a child stays a zombie until it is reaped.
+    pub(super) fn peek_exit(&self) -> io::Result<Option<Exit>> {
+        let pidfd = self.pidfd.as_fd();
+        let how = match self.is_child {
+            true => pidfd::peek_exit(pidfd)?,
+            false if !pidfd::has_ended(pidfd)? => return Ok(None),
+            false => match pidfd::exit_of_stranger(pidfd)? {
+                None => return Ok(Some(Exit::Unknown)),
+                how => how,
+            },
+        };
+        Ok(how.map(|how| match how {
+            pidfd::Exit::Code(code) => Exit::Code(code),
+            pidfd::Exit::Signal { number, .. } => Exit::Signal(number),
+        }))
+    }
+}
+
 /// The last lines a worker printed. Of a stack trace the frames go first, for what it is about may stand before them.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub(super) struct LastLines(VecDeque<String>);
 
 impl LastLines {

@@ -147,6 +147,7 @@ pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
         idle_timeout: upgrade.idle_timeout,
         drain_timeout: upgrade.drain_timeout,
         max_draining: upgrade.max_draining,
+        watchdog: config.watchdog,
         backoff: restart.backoff,
         backoff_max: restart.backoff_max,
         stable_after: restart.stable_after,

@@ -37,6 +37,20 @@ impl Shell {
             | Report::SlotsUnsure(_)
             | Report::SteerFailed(..)
             | Report::ListenerLost(_) => self.log_listener(report),
+            Report::Reexecuted => {
+                let version = env!("CARGO_PKG_VERSION");
+                tracing::info!(event = "reexecuted", version, "the master goes on as version {version}");
+                self.upstream.status(&format!("goes on as version {version}"));
+            }
+            Report::ReexecRefused => {
+                let reason = self.reexec_refusal();
+                tracing::error!(event = "reexec_refused", reason, "no re-exec: {reason}");
+                self.upstream.status(&format!("no re-exec: {reason}"));
+            }
+            Report::Adopted(workers) => {
+                tracing::warn!(event = "adopted", workers, "took over {workers} workers of a master that has ended");
+                self.upstream.status(&format!("took over {workers} workers of a master that has ended"));
+            }
             Report::Bug(what) => {
                 tracing::error!(event = "bug", what, "this should not have happened; please report it");
             }

@@ -6,8 +6,10 @@ use reuseportd_core::{Event, StopMode, Trigger, WorkerId};
 use reuseportd_sys::signals::Signal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::carried::Carried;
 use super::turn::Turn;
 use super::{Shell, clock};
+use crate::keeper::Keeper;
 
 /// What a descriptor of the loop is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +17,10 @@ enum Token {
     Signals,
     Notifications,
     Knock,
+    /// The keeper's channel.
+    Keeper,
+    /// The end of the child that tries to read the state.
+    Preflight,
     Client(u32),
     /// The worker's pidfd.
     End(WorkerId),
@@ -27,7 +33,8 @@ enum Token {
 impl Shell {
     /// Runs until the core says that it is over; the exit code.
     pub(super) fn run(&mut self) -> u8 {
-        self.work();
+        self.begin_reaping();
+        self.settle();
         while self.exit.is_none() {
             let ready = self.wait();
             self.turn = Turn::default();
@@ -37,14 +44,34 @@ impl Shell {
             if self.core.next_deadline().is_some_and(|deadline| deadline <= clock::now()) {
                 self.inbox.push_back(Event::Deadline);
             }
+            self.settle();
+        }
+        // Nothing is left to be kept.
+        let keepers = self.keeper.take().map(Carried::into_inner).into_iter().chain(self.former.take());
+        keepers.for_each(Keeper::dismiss);
+        self.exit.unwrap_or(0)
+    }
+
+    /// Does all that is to be done, until only waiting is left. At this point, and no other, the state is whole.
+    fn settle(&mut self) {
+        self.work();
+        while std::mem::take(&mut self.saving.is_asked_for) {
+            self.save_now();
+            self.inbox.push_back(Event::Saved);
             self.work();
         }
-        self.exit.unwrap_or(0)
+        if std::mem::take(&mut self.is_reexec_due) {
+            self.reexec();
+            self.work();
+        }
+        self.save_if_due();
+        self.work();
     }
 
     /// Tells the core everything that happened, and does what it answers.
     fn work(&mut self) {
         while let Some(event) = self.inbox.pop_front() {
+            self.saving.is_due = true;
             self.core.handle(event, clock::now());
             while let Some(command) = self.core.next_command() {
                 self.perform(command);
@@ -59,7 +86,8 @@ impl Shell {
         let watched = self.watched();
         let mut fds: Vec<PollFd<'_>> =
             watched.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
-        let timeout = self.core.next_deadline().map(|deadline| {
+        let deadlines = [self.core.next_deadline(), self.saving.deadline()];
+        let timeout = deadlines.into_iter().flatten().min().map(|deadline| {
             let left = deadline.since(clock::now());
             Timespec {
                 tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -95,6 +123,12 @@ impl Shell {
         for (worker, exchange) in &self.exchanges {
             watched.push((Token::Exchange(*worker), exchange.fd(), PollFlags::IN));
         }
+        if let Some(keeper) = &self.keeper {
+            watched.push((Token::Keeper, keeper.fd(), PollFlags::IN));
+        }
+        if let Some(preflight) = &self.preflight {
+            watched.push((Token::Preflight, preflight.pidfd(), PollFlags::IN));
+        }
         watched.push((Token::Knock, self.clients.listener(), PollFlags::IN));
         for (number, fd, has_unsent) in self.clients.fds() {
             let flags = if has_unsent { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
@@ -108,6 +142,8 @@ impl Shell {
             Token::Signals => self.read_signals(),
             Token::Notifications => self.read_notifications(),
             Token::Knock => self.clients.accept(),
+            Token::Keeper => self.keeper_ended(),
+            Token::Preflight => self.preflight_ended(),
             Token::Client(number) => {
                 self.clients.send(number);
                 self.read_client(number);
@@ -129,7 +165,9 @@ impl Shell {
                 }
                 Signal::Quit => self.inbox.push_back(Event::Stop { mode: StopMode::Fast, by: None }),
                 Signal::User1 => {}
-                Signal::User2 | Signal::TerminalInput | Signal::TerminalOutput => {
+                Signal::Child => self.reap_orphans(),
+                Signal::User2 => self.inbox.push_back(Event::Reexec { by: None }),
+                Signal::TerminalInput | Signal::TerminalOutput => {
                     tracing::warn!(?signal, "this signal has no meaning yet: ignored");
                 }
             }

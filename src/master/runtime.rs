@@ -8,42 +8,59 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 
-use crate::config::Control;
+use super::carried::Carried;
+use crate::config::{Control, saved};
 
 /// Why the runtime files can't be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RuntimeError {
-    #[error("cannot create the runtime directory {}: {source}; choose another control.socket", path.display())]
+    #[error("cannot create the runtime directory {}: {source}; {}", path.display(), place_for(source))]
     Create { path: PathBuf, source: io::Error },
     #[error(
         "the runtime directory {} is not used: {what}; remove it, or choose another control.socket",
         path.display()
     )]
     Unsafe { path: PathBuf, what: &'static str },
-    #[error("cannot lock {}: {source}", path.display())]
+    #[error("cannot lock {}: {source}; {}", path.display(), place_for(source))]
     Lock { path: PathBuf, source: io::Error },
     #[error(
         "another master runs this app: it holds {}; speak to it with `reuseportd status --socket {}`",
         lock.display(), socket.display()
     )]
     Running { lock: PathBuf, socket: PathBuf },
-    #[error("cannot put a socket at {}: {source}", path.display())]
+    #[error("cannot put a socket at {}: {source}; {}", path.display(), place_for(source))]
     Socket { path: PathBuf, source: io::Error },
 }
 
+/// What helps when a file can't be made.
+fn place_for(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "mount a tmpfs there (podman, docker: --tmpfs), or set control.socket to a path that can be written to"
+        }
+        io::ErrorKind::PermissionDenied => "set control.socket to a path that this user may write to",
+        _ => "choose another control.socket",
+    }
+}
+
 /// The runtime files, held as long as the master lives, removed when it ends.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Runtime {
+    #[serde(with = "saved::optional_path")]
     directory: Option<PathBuf>,
+    #[serde(with = "saved::path")]
     socket: PathBuf,
-    _lock: File,
+    lock: Carried<File>,
+    /// It was not only read to see whether it can be.
+    #[serde(skip)]
+    is_ours: bool,
 }
 
 impl Runtime {
     /// Makes the directory and takes the lock.
-    pub(super) fn open(control: &Control) -> Result<Runtime, RuntimeError> {
-        let socket = control.socket.clone();
+    pub(super) fn open(socket: PathBuf) -> Result<Runtime, RuntimeError> {
         let directory = socket.parent().unwrap_or(Path::new("/")).to_owned();
         let is_new = make_directory(&directory)?;
         let path = beside(&socket, ".lock");
@@ -60,7 +77,23 @@ impl Runtime {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(RuntimeError::Running { lock: path, socket }),
             Err(source) => return Err(RuntimeError::Lock { path, source: source.into() }),
         }
-        Ok(Runtime { directory: is_new.then_some(directory), socket, _lock: lock })
+        let directory = is_new.then_some(directory);
+        Ok(Runtime { directory, socket, lock: Carried::new(lock), is_ours: true })
+    }
+
+    /// It came through a re-exec, lock included, and is this image's now.
+    pub(super) fn own(&mut self) {
+        self.is_ours = true;
+    }
+
+    /// The directory, if a master made it.
+    pub(super) fn made(&self) -> &Option<PathBuf> {
+        &self.directory
+    }
+
+    /// A former master made it.
+    pub(super) fn note_made(&mut self, directory: Option<PathBuf>) {
+        self.directory = self.directory.take().or(directory);
     }
 
     /// The control socket, listening.
@@ -72,6 +105,16 @@ impl Runtime {
             .set_nonblocking(true)
             .map_err(|source| RuntimeError::Socket { path: self.socket.clone(), source })?;
         Ok(listener)
+    }
+
+    /// Where a next master finds the keeper.
+    pub(super) fn keeper_path(&self) -> PathBuf {
+        beside(&self.socket, ".keeper")
+    }
+
+    /// Where it finds the pids of workers.
+    pub(super) fn journal_path(&self) -> PathBuf {
+        beside(&self.socket, ".journal")
     }
 
     /// Where workers send their notifications.
@@ -93,8 +136,11 @@ impl Runtime {
 
 impl Drop for Runtime {
     fn drop(&mut self) {
-        for path in [self.socket.clone(), self.notify_path(), beside(&self.socket, ".lock")] {
-            let _ = fs::remove_file(path);
+        if !self.is_ours {
+            return;
+        }
+        for suffix in ["", ".notify", ".keeper", ".journal", ".lock"] {
+            let _ = fs::remove_file(beside(&self.socket, suffix));
         }
         if let Some(directory) = &self.directory {
             let _ = fs::remove_dir(directory);

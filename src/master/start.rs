@@ -1,4 +1,5 @@
-//! The start of a master: everything that can fail does so here, before any worker exists.
+//! The start of a master: everything that can fail does so here, before any worker exists. It goes on where an earlier
+//! image was, takes over from a master that was killed, or begins with nothing.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -8,58 +9,100 @@ use std::rc::Rc;
 use reuseportd_core::{Event, Master, Trigger};
 use reuseportd_sys::signals::{self, SignalPipe};
 use reuseportd_sys::{capability, limits};
+use reuseportd_wire::env;
 
+use super::carried::Carried;
 use super::control::Clients;
 use super::groups::{self, Groups};
+use super::keeping::Saving;
 use super::launch::Launch;
 use super::listeners::Listeners;
 use super::runtime::Runtime;
 use super::turn::Turn;
 use super::upstream::Upstream;
-use super::{Shell, clock, log, reload};
+use super::{Limits, LogSettings, Shell, clock, log, reexec, reload, restore};
 use crate::config::{self, Config, LogFormat};
+
+/// Why there is no master: what is said, and the exit code.
+pub(super) struct NoStart(pub(super) String, pub(super) u8);
+
+impl From<String> for NoStart {
+    fn from(said: String) -> NoStart {
+        NoStart(said, 1)
+    }
+}
 
 /// Runs a master in the foreground until it ends.
 pub(crate) fn run(path: &Path, format: Option<LogFormat>, level: Option<tracing::Level>) -> ExitCode {
-    // First of all: until then a signal ends the process without a word.
-    let signals = match signals::reset_inherited().and_then(|()| SignalPipe::new()) {
+    // First of all: until then a signal ends the process without a word. Handlers before the mask is opened: a signal
+    // that came during a re-exec waits behind it.
+    let signals = match SignalPipe::new().and_then(|pipe| signals::reset_inherited().map(|()| pipe)) {
         Ok(signals) => signals,
         Err(error) => {
             eprintln!("cannot catch signals: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let config = match config::load(path) {
-        Ok(config) => Rc::new(config),
-        Err(errors) => {
-            eprintln!("{errors}");
-            return ExitCode::from(2);
-        }
+    let shell = match std::env::var(env::RESUME) {
+        Ok(number) => restore::resume(&number, signals).map_err(NoStart::from),
+        Err(_) => begin(path, format, level, signals),
     };
-    let log_level = log::start(format.unwrap_or(config.log.format), level.unwrap_or(config.log.level));
-    match prepare(&config, signals, log_level, level) {
+    match shell {
         Ok(mut shell) => {
             let code = shell.run();
             tracing::info!(event = "ended", code, "the master ends");
             ExitCode::from(code)
         }
-        Err(error) => {
-            tracing::error!(event = "not_started", error, "cannot start: {error}");
-            ExitCode::FAILURE
+        Err(NoStart(said, code)) => {
+            if tracing::dispatcher::has_been_set() {
+                tracing::error!(event = "not_started", error = said, "cannot start: {said}");
+            } else {
+                eprintln!("{said}");
+            }
+            ExitCode::from(code)
         }
     }
+}
+
+fn begin(
+    path: &Path,
+    format: Option<LogFormat>,
+    level: Option<tracing::Level>,
+    signals: SignalPipe,
+) -> Result<Shell, NoStart> {
+    let invalid = |errors: config::ConfigErrors| NoStart(errors.to_string(), 2);
+    // What a former master has left is taken over even if the file has become invalid since.
+    let runtime = Runtime::open(config::control_socket(path).map_err(invalid)?).map_err(|error| error.to_string());
+    let (signals, runtime) = match runtime {
+        Ok(runtime) => match restore::adopt(signals, runtime)? {
+            restore::Adoption::Done(shell) => return Ok(*shell),
+            restore::Adoption::Nothing(signals, runtime) => (signals, Ok(runtime)),
+        },
+        Err(error) => (signals, Err(error)),
+    };
+    let config = Rc::new(config::load(path).map_err(invalid)?);
+    let settings =
+        LogSettings { format: format.unwrap_or(config.log.format), level: level.map(|level| level.to_string()) };
+    let level = log::start(settings.format, settings.level(&config));
+    let mut shell = prepare(&config, signals, settings, level, runtime?)?;
+    let trigger = if shell.find_orphans()? { Trigger::Orphans } else { Trigger::Start };
+    if let Some(launch) = shell.prepared.back() {
+        let plan = reload::plan(launch, shell.groups.choice.engine);
+        shell.inbox.push_back(Event::Upgrade { plan, trigger, by: None });
+    }
+    Ok(shell)
 }
 
 fn prepare(
     config: &Rc<Config>,
     signals: SignalPipe,
+    log: LogSettings,
     log_level: log::Level,
-    log_level_override: Option<tracing::Level>,
+    runtime: Runtime,
 ) -> Result<Shell, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let nofile = limits::raise_nofile()
         .map_err(|error| tracing::warn!(%error, "cannot raise the limit of open files"));
-    let runtime = Runtime::open(&config.control).map_err(|error| text(&error))?;
     let notify = runtime.notify_socket().map_err(|error| text(&error))?;
     let control = runtime.control_socket(&config.control).map_err(|error| text(&error))?;
     let choice = groups::choose(config.steering.engine).map_err(|error| text(&error))?;
@@ -75,11 +118,13 @@ fn prepare(
     let engine = choice.engine;
     let mut groups = Groups::new(choice);
     let launch = Launch::prepare(Rc::clone(config), &runtime, &mut groups).map_err(|error| text(&error))?;
-    let plan = reload::plan(&launch, engine);
+    let upstream = Upstream::from_env();
+    let mut inbox = VecDeque::from([Event::Supervised { every: upstream.beat() }]);
+    inbox.extend(restore::needs_keeper());
     Ok(Shell {
         core: Master::new(engine),
         turn: Turn::default(),
-        inbox: VecDeque::from([Event::Upgrade { plan, trigger: Trigger::Start, by: None }]),
+        inbox,
         started: clock::now(),
         config_path: config.path.clone(),
         config: Rc::clone(config),
@@ -97,14 +142,25 @@ fn prepare(
         spawn_error: None,
         state_reason: None,
         clients: Clients::new(control, &config.control.allow_users),
-        notify,
+        notify: Carried::new(notify),
         notify_rejected: 0,
-        upstream: Upstream::from_env(),
+        upstream,
         signals,
-        nofile: nofile.ok(),
+        limits: nofile.ok().map(|nofile| Limits { soft: nofile.before, hard: nofile.hard }),
+        log,
         log_level,
-        log_level_override,
         runtime,
         exit: None,
+        reexecs: 0,
+        adopted: false,
+        program: reexec::own_program(),
+        preflight: None,
+        proven: None,
+        is_reexec_due: false,
+        reexec_error: None,
+        keeper: None,
+        former: None,
+        saving: Saving::default(),
+        journalled: None,
     })
 }

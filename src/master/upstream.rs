@@ -34,6 +34,14 @@ impl Upstream {
         Upstream(socket.ok())
     }
 
+    /// How often it wants a sign of life: twice in the time it waits for one.
+    pub(super) fn beat(&self) -> Option<Duration> {
+        let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+        let is_for_us = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let patience = number("WATCHDOG_USEC").filter(|usec| *usec > 0 && is_for_us);
+        patience.filter(|_| self.0.is_some()).map(|usec| Duration::from_micros(usec / 2))
+    }
+
     fn send(&self, states: &[NotifyState<'_>]) {
         let Some(socket) = &self.0 else { return };
         let message: String = states.iter().map(|state| format!("{state}\n")).collect();
@@ -48,6 +56,7 @@ impl Upstream {
             Notice::Ready => self.send(&[NotifyState::Ready]),
             Notice::Stopping => self.send(&[NotifyState::Stopping]),
             Notice::Extend(by) => self.extend(by),
+            Notice::Alive => self.send(&[NotifyState::Watchdog]),
             Notice::Reloading => match NotifyState::monotonic_usec_now() {
                 Ok(now) => self.send(&[NotifyState::Reloading, now]),
                 Err(error) => {

@@ -14,6 +14,7 @@ pub(super) fn exit(how: Exit) -> String {
             Ok(signal) => format!("was killed by {signal}"),
             Err(_) => format!("was killed by signal {number}"),
         },
+        Exit::Unknown => "ended, how is not known".to_owned(),
     }
 }
 
@@ -70,6 +71,9 @@ impl Shell {
                     "the kernel refused to steer listener {name:?}: {}; nothing was switched",
                     errno(number)
                 )
+            }
+            Reason::Stuck(_, worker) => {
+                format!("{} gave no sign of life (watchdog.timeout)", self.who(worker))
             }
             Reason::Stopped => "the master is stopping".to_owned(),
         }
@@ -170,6 +174,7 @@ pub(super) fn trigger(trigger: core::Trigger) -> wire::Trigger {
         core::Trigger::Start => wire::Trigger::Start,
         core::Trigger::Signal => wire::Trigger::Signal,
         core::Trigger::Command => wire::Trigger::Command,
+        core::Trigger::Orphans => wire::Trigger::Orphans,
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) struct App {
     pub(crate) upgrade: Vec<String>,
     pub(crate) restart: Vec<String>,
     pub(crate) control: Vec<String>,
+    /// `timeout` of `[watchdog]`; without one there is no such table.
+    pub(crate) watchdog: Option<&'static str>,
     /// The whole file as it is, instead of all of this.
     pub(crate) verbatim: Option<String>,
     name: String,
@@ -44,6 +46,7 @@ impl App {
             upgrade: Vec::new(),
             restart: Vec::new(),
             control: Vec::new(),
+            watchdog: None,
             verbatim: None,
             name: world.app.clone(),
             socket: world.path("run/control.sock"),
@@ -102,6 +105,12 @@ impl App {
         self
     }
 
+    /// How long a worker may give no sign of life.
+    pub(crate) fn watchdog(mut self, timeout: &'static str) -> App {
+        self.watchdog = Some(timeout);
+        self
+    }
+
     /// Writes the file.
     pub(crate) fn write(&self) {
         std::fs::write(&self.path, self.text()).unwrap();
@@ -136,6 +145,9 @@ impl App {
         table("[readiness]", [method].into_iter().chain(self.probe.iter().cloned()).collect());
         table("[upgrade]", self.upgrade.clone());
         table("[restart]", self.restart.clone());
+        if let Some(timeout) = self.watchdog {
+            table("[watchdog]", vec![format!("timeout = {timeout:?}")]);
+        }
         let socket = format!("socket = {:?}", self.socket);
         table("[control]", [socket].into_iter().chain(self.control.iter().cloned()).collect());
         text

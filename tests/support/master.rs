@@ -46,23 +46,37 @@ impl<'a> Master<'a> {
     }
 
     /// Starts a master by this command and does not wait.
-    pub(crate) fn launch(world: &'a World, app: &App, mut command: Command) -> Master<'a> {
+    pub(crate) fn launch(world: &'a World, app: &App, command: Command) -> Master<'a> {
+        Master::launch_by(world, app, command, |mut command| command.spawn().unwrap())
+    }
+
+    /// The same, with the last step done by `spawn`.
+    pub(crate) fn launch_by(
+        world: &'a World,
+        app: &App,
+        mut command: Command,
+        spawn: impl FnOnce(Command) -> Child,
+    ) -> Master<'a> {
         app.write();
         let upstream = Upstream::listen(&world.path("notify.sock"));
         let log = world.path("master.log");
-        let child = command
+        command
             .args(["--log-format", "text", "--config"])
             .arg(&app.path)
             .env("NOTIFY_SOCKET", upstream.path())
             .stderr(fs::File::create(&log).unwrap())
-            .stdout(fs::File::create(world.path("master.out")).unwrap())
-            .spawn()
-            .unwrap();
+            .stdout(fs::File::create(world.path("master.out")).unwrap());
+        let child = spawn(command);
         Master { world, child, upstream, config: app.path.clone(), log }
     }
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The name its processes are known by.
+    pub(crate) fn app(&self) -> &str {
+        &self.world.app
     }
 
     /// Waits for READY=1.

@@ -1,7 +1,9 @@
 //! The harness.
 
 pub(crate) mod app;
+pub(crate) mod container;
 pub(crate) mod load;
+pub(crate) mod machine;
 pub(crate) mod master;
 pub(crate) mod process;
 pub(crate) mod upstream;

@@ -136,6 +136,24 @@ pub enum Command {
         /// The number of the receipt reported before; `None` for the end of a stop.
         receipt: Option<u32>,
     },
+    /// Tell a client that waits for a re-exec how it ended.
+    ReplyReexec {
+        /// Whom.
+        to: Ticket,
+        /// This is the new image.
+        done: bool,
+    },
+    /// Have the new program read the state, as a child. Answer: `Preflighted`.
+    Preflight,
+    /// It takes too long: kill it. Its answer follows.
+    EndPreflight,
+    /// Execute the new program in place, once nothing is left to be done. Answer: `Reexecuted`, in either image.
+    Reexec,
+    /// Have the next master know all this, once nothing else is left to be done. Answer: `Saved`, also where nobody keeps
+    /// anything.
+    Save,
+    /// Start a keeper and fill it. Answer: `KeeperMissing` if that fails, or when it ends.
+    StartKeeper,
     /// A fact for log, metrics and status.
     Report(Report),
     /// Leave the loop with this exit code.
@@ -200,6 +218,8 @@ pub enum Notice {
     Stopping,
     /// The present phase may take so long.
     Extend(Duration),
+    /// A sign of life.
+    Alive,
 }
 
 /// A typed fact. The shell turns it into one log event, and into status and metrics.
@@ -252,6 +272,12 @@ pub enum Report {
     Killed(WorkerId, Option<u32>),
     /// The whole old generation is gone.
     Drained(Generation),
+    /// The program of the master was replaced.
+    Reexecuted,
+    /// It was not: the new one can't go on where the old one is, or the service stops.
+    ReexecRefused,
+    /// So many workers of a master that was killed are now this one's.
+    Adopted(usize),
     /// Something impossible was asked or told; nothing was changed.
     Bug(&'static str),
 }
@@ -271,6 +297,8 @@ pub enum Reason {
     BindFailed(Seat, GroupId, i32),
     /// `listen()` failed on its socket.
     ListenFailed(Seat, WorkerId, i32),
+    /// It gave no sign of life.
+    Stuck(Seat, WorkerId),
     /// The kernel refused to steer this group.
     SteerFailed(GroupId, i32),
     /// The master was told to stop.

@@ -93,7 +93,8 @@ impl Master {
         let (group, first) = (listener.group, keys.base + u32::from(listener.seat.0) * keys.stride);
         let mut of_seat = first..first + keys.stride;
         let is_free = |key: &u32| {
-            !self.listeners.values().any(|l| l.group == group && l.key == Some(*key) && !l.leaving && !l.gone)
+            let holds = |l: &Listener| l.group == group && l.key == Some(*key) && !l.leaving && !l.gone;
+            !self.listeners.values().any(|l| holds(l) && self.is_accepted_from(l))
         };
         // A respawn with more listeners than its seat has keys keeps the surplus unchosen, which loses nothing.
         let Some(key) = of_seat.find(is_free) else { return };
@@ -114,18 +115,20 @@ impl Master {
         if self.choosable(id).is_empty() {
             return;
         }
-        let workers = &self.workers;
-        // The socket of a seat may be back with a worker that is still starting.
-        let lives = |l: &Listener| match workers.get(&l.worker).map(|worker| worker.state) {
-            None | Some(WorkerState::Remains { .. }) => false,
-            Some(state) => !l.of_seat || !state.is_starting(),
-        };
-        let mut evicted = Vec::new();
-        for listener in self.listeners.values_mut().filter(|l| l.group == id && (l.leaving || !lives(l))) {
-            evicted.extend(listener.key.take());
+        let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l));
+        let dead: Vec<ListenerId> = self.listeners.iter().filter(|(_, l)| dead(l)).map(|(id, _)| *id).collect();
+        for listener in dead {
+            if let Some(key) = self.listeners.get_mut(&listener).and_then(|listener| listener.key.take()) {
+                self.push(Command::Evict { group: id, key });
+            }
         }
-        for key in evicted {
-            self.push(Command::Evict { group: id, key });
+    }
+
+    /// Its worker lives. The socket of a seat may be back with one that is still starting.
+    fn is_accepted_from(&self, listener: &Listener) -> bool {
+        match self.workers.get(&listener.worker).map(|worker| worker.state) {
+            None | Some(WorkerState::Remains { .. }) => false,
+            Some(state) => !listener.of_seat || !state.is_starting(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Everything that can happen.
 
-use crate::id::{GroupId, ListenerId, Ticket, WorkerId};
+use crate::id::{Generation, GroupId, ListenerId, Ticket, WorkerId};
 use crate::plan::Plan;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -26,6 +26,45 @@ pub enum Event {
         mode: StopMode,
         /// The client that waits.
         by: Option<Ticket>,
+    },
+
+    /// SIGUSR2 or `reexec`.
+    Reexec {
+        /// The client that waits.
+        by: Option<Ticket>,
+    },
+    /// Answer to `Preflight`.
+    Preflighted {
+        /// The new program can read the state.
+        readable: bool,
+    },
+    /// Answer to `Reexec`: in the new image, or in the old one if there is no new one.
+    Reexecuted {
+        /// This is the new one.
+        done: bool,
+    },
+    /// Answer to `Save`.
+    Saved,
+    /// No keeper was started yet, or it has ended.
+    KeeperMissing,
+    /// The service manager wants a sign of life so often, or not at all.
+    Supervised {
+        /// Half of what it waits for.
+        every: Option<Duration>,
+    },
+    /// This memory is that of a master that was killed, and perhaps somewhat old.
+    Adopted {
+        /// Listeners of which it has no handle any more.
+        lost: Vec<ListenerId>,
+    },
+    /// Processes that serve and were left behind by a master of which no more is known: the first generation.
+    Orphans {
+        /// Its number: the highest of theirs.
+        generation: Generation,
+        /// A seat for each.
+        plan: Plan,
+        /// With the listeners that the master has handles of.
+        workers: Vec<(WorkerId, Vec<(GroupId, ListenerId)>)>,
     },
 
     /// The process exists.
@@ -68,6 +107,16 @@ pub enum Event {
     },
     /// READY=1 on the notify socket.
     Notified {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// WATCHDOG=1 on the notify socket.
+    Alive {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// WATCHDOG=trigger on the notify socket: it says itself that it is stuck.
+    Stuck {
         /// Which.
         worker: WorkerId,
     },
@@ -172,6 +221,8 @@ pub enum Trigger {
     Signal,
     /// A control client.
     Command,
+    /// Workers without a master were found.
+    Orphans,
 }
 
 /// Which part of an upgrade a client waits for.
@@ -199,6 +250,8 @@ pub enum Exit {
     Code(i32),
     /// By this signal.
     Signal(i32),
+    /// It was no child of this master, and the kernel does not tell.
+    Unknown,
 }
 
 /// What became of the attempt to prove a worker.

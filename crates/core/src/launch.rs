@@ -124,7 +124,6 @@ impl Master {
 
     pub(crate) fn spawn(&mut self, generation: Generation, seat: Seat) {
         let Some(record) = self.generations.get_mut(&generation) else { return };
-        let ready_by = self.now.after(record.plan.ready_timeout);
         self.worker_last += 1;
         let worker = WorkerId(self.worker_last);
         if let Some(seat) = record.seats.get_mut(usize::from(seat.0)) {
@@ -132,9 +131,18 @@ impl Master {
             seat.filled = self.now;
         }
         self.workers.insert(worker, Worker::new(generation, seat, self.now));
-        self.timers.arm(Timer::Ready(worker), ready_by);
+        self.allow_ready(worker);
         self.bind_seat(generation, seat, worker);
         self.push(Command::Spawn { worker, generation, seat });
+    }
+
+    /// A worker that starts must be ready so long from now.
+    pub(crate) fn allow_ready(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get(&id).filter(|worker| worker.state.is_starting()) else { return };
+        let plan = self.generations.get(&worker.generation).map(|record| &record.plan);
+        let timeout = plan.map_or(Duration::ZERO, |plan| plan.ready_timeout);
+        let ready_by = self.now.after(timeout).max(self.timers.at(Timer::Ready(id)).unwrap_or_default());
+        self.timers.arm(Timer::Ready(id), ready_by);
     }
 
     pub(crate) fn on_spawned(&mut self, id: WorkerId) {
@@ -192,7 +200,8 @@ impl Master {
             UpgradeStep::Queued => false,
             // A program that could not be replaced may name slots that the joining listeners would take.
             UpgradeStep::Launching => {
-                self.all_seats(to, WorkerState::Ready)
+                !self.saving
+                    && self.all_seats(to, WorkerState::Ready)
                     && self.groups.values().all(Group::is_told)
                     && self.begin_joining(to)
             }

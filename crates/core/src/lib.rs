@@ -12,6 +12,7 @@
 
 extern crate alloc;
 
+mod adopt;
 mod cbpf;
 mod check;
 mod command;
@@ -20,11 +21,13 @@ mod event;
 mod generation;
 mod group;
 mod id;
+mod keeper;
 mod launch;
 mod master;
 mod plan;
 mod ready;
 mod receipt;
+mod reexec;
 mod restart;
 mod retire;
 mod seats;
@@ -35,6 +38,7 @@ mod steer;
 mod stop;
 mod supervise;
 mod timers;
+mod watchdog;
 mod worker;
 
 pub use command::{Command, Notice, Order, Range, Reason, Report, Share, Signal};

@@ -6,6 +6,8 @@ use crate::generation::{GenerationRecord, GenerationState, Upgrade, UpgradeStep,
 use crate::group::{Group, Listener};
 use crate::id::{Generation, GroupId, ListenerId, Ticket, Time, WorkerId};
 use crate::plan::Engine;
+use crate::keeper::KeeperWatch;
+use crate::reexec::Reexec;
 use crate::restart::Exits;
 use crate::timers::{Timer, Timers};
 use crate::worker::Worker;
@@ -55,6 +57,12 @@ pub struct Master {
     pub(crate) upgrade: Option<Upgrade>,
     pub(crate) wish: Option<Wish>,
     pub(crate) stopping: Option<Stopping>,
+    pub(crate) reexec: Option<Reexec>,
+    pub(crate) keeper: KeeperWatch,
+    /// What has been decided is not in the keeper's hands yet.
+    pub(crate) saving: bool,
+    /// How often the service manager wants a sign of life.
+    pub(crate) beat: Option<Duration>,
     pub(crate) exits: Exits,
     pub(crate) timers: Timers,
     pub(crate) generation_last: u32,
@@ -83,6 +91,10 @@ impl Master {
             upgrade: None,
             wish: None,
             stopping: None,
+            reexec: None,
+            keeper: KeeperWatch::default(),
+            saving: false,
+            beat: None,
             exits: Exits::default(),
             timers: Timers::default(),
             generation_last: 0,
@@ -104,6 +116,14 @@ impl Master {
             Event::Upgrade { plan, trigger, by } => self.on_upgrade(plan, trigger, by),
             Event::Hurry => self.on_hurry(),
             Event::Stop { mode, by } => self.on_stop(mode, by),
+            Event::Reexec { by } => self.on_reexec(by),
+            Event::Preflighted { readable } => self.on_preflighted(readable),
+            Event::Reexecuted { done } => self.end_reexec(done),
+            Event::Saved => self.on_saved(),
+            Event::KeeperMissing => self.on_keeper_missing(),
+            Event::Supervised { every } => self.on_supervised(every),
+            Event::Adopted { lost } => self.on_adopted(&lost),
+            Event::Orphans { generation, plan, workers } => self.on_orphans(generation, plan, &workers),
             Event::Spawned { worker } => self.on_spawned(worker),
             Event::Bound { group, worker, result } => self.on_bound(group, worker, result),
             Event::SpawnFailed { worker, errno } => self.on_spawn_failed(worker, errno),
@@ -111,6 +131,8 @@ impl Master {
             Event::Remains { worker, left } => self.on_remains(worker, left),
             Event::Ready { worker, listeners } => self.on_ready(worker, &listeners),
             Event::Notified { worker } => self.on_notified(worker),
+            Event::Alive { worker } => self.feed(worker),
+            Event::Stuck { worker } => self.on_stuck(worker),
             Event::Extended { worker, by } => self.on_extended(worker, by),
             Event::Drained { worker } => self.on_drained(worker),
             Event::Taken { listener, count } => self.on_taken(listener, count),
@@ -164,6 +186,10 @@ impl Master {
                 Timer::Group(group) => self.retry_group(group),
                 Timer::Settle(group) => self.look_at_handshakes(group),
                 Timer::Anchors => self.look_at_anchors(),
+                Timer::Watchdog(worker) => self.on_stuck(worker),
+                Timer::Beat => self.beat(),
+                Timer::Preflight => self.on_preflight_timeout(),
+                Timer::Keeper => self.start_keeper(),
             }
         }
     }

@@ -76,6 +76,9 @@ pub struct Plan {
     pub drain_timeout: Duration,
     /// Old generations that may drain at once.
     pub max_draining: u16,
+    /// A ready worker that gives no sign of life for so long is killed.
+    #[serde(default)]
+    pub watchdog: Option<Duration>,
     /// First pause before a respawn; doubles.
     pub backoff: Duration,
     /// The longest pause.

@@ -73,6 +73,8 @@ impl Master {
             worker.state = WorkerState::Proving;
             worker.pause = LOOK_PAUSE;
         }
+        // Its listeners need not be looked for any more.
+        self.timers.disarm(Timer::Look(id));
         self.push(Command::Prove { worker: id });
     }
 
@@ -161,7 +163,7 @@ impl Master {
         }
     }
 
-    fn adopt_listeners(&mut self, worker: WorkerId, listeners: &[(GroupId, ListenerId)], listens: bool) {
+    pub(crate) fn adopt_listeners(&mut self, worker: WorkerId, listeners: &[(GroupId, ListenerId)], listens: bool) {
         let Some((generation, seat)) = self.workers.get(&worker).map(|w| (w.generation, w.seat)) else {
             return;
         };
@@ -196,18 +198,15 @@ impl Master {
         }
     }
 
-    /// The worker can serve. A respawn joins at once; a new generation waits until all of it is ready.
+    /// The worker can serve. A respawn joins as soon as that is kept; a new generation waits until all of it is ready.
     fn proven(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = WorkerState::Ready;
-        let (generation, seat) = (worker.generation, worker.seat);
         self.timers.disarm(Timer::Ready(id));
         self.timers.disarm(Timer::Look(id));
+        self.feed(id);
         self.report(Report::WorkerReady(id));
-        if self.active == Some(generation) {
-            self.take_seat(generation, seat);
-            self.join(id, false);
-        }
+        self.save();
     }
 
     /// Has what it bound listened on; then it serves, or shows that it can.

@@ -41,6 +41,7 @@ impl Master {
             }
         }
         self.give_up_seats(generation);
+        self.save();
         let step = if self.engine == Engine::None { RetireStep::Emptying } else { RetireStep::Counting };
         let retirement = Retirement { since: self.now, step, pause: LOOK_PAUSE, looking: BTreeSet::new() };
         if let Some(record) = self.generations.get_mut(&generation) {
@@ -164,6 +165,8 @@ impl Master {
             && self.groups.keys().any(|group| self.choosable(*group).len() < 2);
         // As long as the kernel's program may name a slot that is no more, connections may fall on any of them, too.
         let mut is_blocked = self.engine == Engine::Cbpf && !self.groups.values().all(Group::is_told);
+        // The next master must not take them for those that serve.
+        is_blocked |= self.saving;
         is_blocked |= is_strict && self.listeners.values().any(|l| l.generation == generation && l.leaving);
         let mut count = Vec::new();
         for id in workers {

@@ -72,6 +72,7 @@ impl Master {
         for to in core::mem::take(&mut stopping.waiting) {
             self.push(Command::Reply { to, receipt: None });
         }
+        self.end_reexec(false);
         self.push(Command::Exit { code });
         self.is_ended = true;
     }

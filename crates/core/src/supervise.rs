@@ -74,7 +74,8 @@ impl Master {
 
     /// No process of the worker is left. Of its listeners only those live on that the master holds a handle of.
     fn forget_worker(&mut self, id: WorkerId) {
-        for timer in [Timer::Kill(id), Timer::Remains(id), Timer::Ready(id), Timer::Look(id)] {
+        let timers = [Timer::Kill, Timer::Remains, Timer::Ready, Timer::Look, Timer::Watchdog];
+        for timer in timers.map(|timer| timer(id)) {
             self.timers.disarm(timer);
         }
         for listener in self.listeners_of(id) {
@@ -194,7 +195,7 @@ impl Master {
         }
     }
 
-    fn is_launching(&self, generation: Generation) -> bool {
+    pub(crate) fn is_launching(&self, generation: Generation) -> bool {
         let begins = |step: &UpgradeStep| !matches!(step, UpgradeStep::Retiring | UpgradeStep::RollingBack);
         self.upgrade.as_ref().is_some_and(|upgrade| upgrade.to == generation && begins(&upgrade.step))
     }

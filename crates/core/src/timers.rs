@@ -2,6 +2,7 @@
 
 use crate::id::{Generation, GroupId, Seat, Time, WorkerId};
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// What may be waited for. At most one of each is armed.
@@ -27,11 +28,33 @@ pub(crate) enum Timer {
     Settle(GroupId),
     /// Look whether the anchored workers still own their listeners.
     Anchors,
+    /// The worker must have given a sign of life by then.
+    Watchdog(WorkerId),
+    /// The service manager is given a sign of life.
+    Beat,
+    /// The new program must have read the state by then.
+    Preflight,
+    /// A keeper is started again.
+    Keeper,
 }
 
 /// The armed timers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<(Timer, Time)>", into = "Vec<(Timer, Time)>")]
 pub(crate) struct Timers(BTreeMap<Timer, Time>);
+
+// Text formats have no maps with such keys.
+impl From<Vec<(Timer, Time)>> for Timers {
+    fn from(armed: Vec<(Timer, Time)>) -> Timers {
+        Timers(armed.into_iter().collect())
+    }
+}
+
+impl From<Timers> for Vec<(Timer, Time)> {
+    fn from(timers: Timers) -> Vec<(Timer, Time)> {
+        timers.0.into_iter().collect()
+    }
+}
 
 impl Timers {
     /// Arms or moves a timer.

@@ -25,8 +25,8 @@ pub struct SpawnSpec<'a> {
     pub argv: &'a [CString],
     /// The whole environment, as `NAME=value`.
     pub envp: &'a [CString],
-    /// A further variable of this name with the child's own pid, which nobody knows before: `LISTEN_PID`.
-    pub pid_variable: Option<&'a str>,
+    /// Further variables of these names with the child's own pid, which nobody knows before: `LISTEN_PID`.
+    pub pid_variables: &'a [&'a str],
     /// Descriptors the child gets, each under its number; all others are closed. Give 0, 1 and 2 too.
     pub fds: &'a [(BorrowedFd<'a>, RawFd)],
     /// File mode creation mask.
@@ -152,8 +152,8 @@ struct Prepared<'a> {
     spec: &'a SpawnSpec<'a>,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
-    /// The variable with the child's pid, with room for its digits; `envp` points into it.
-    pid_entry: Vec<u8>,
+    /// The variables with the child's pid, with room for its digits; `envp` points into them.
+    pid_entries: Vec<Vec<u8>>,
     /// Source (replaced in the child by a duplicate out of the way) and number.
     fds: Vec<(RawFd, RawFd)>,
     /// First number above all wanted ones.
@@ -173,14 +173,12 @@ struct Prepared<'a> {
 /// With the step that failed; the child has been reaped by then.
 pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(Step::Prepare)(e.into()))?;
-    let mut pid_entry = spec.pid_variable.map(|name| format!("{name}=").into_bytes()).unwrap_or_default();
-    pid_entry.resize(pid_entry.len() + PID_DIGITS_MAX + 1, 0);
-    let further = spec.pid_variable.map(|_| pid_entry.as_ptr().cast());
+    let mut pid_entries: Vec<Vec<u8>> = spec.pid_variables.iter().map(|name| pid_entry(name)).collect();
     let mut prepared = Prepared {
         spec,
-        argv: pointers(spec.argv, None),
-        envp: pointers(spec.envp, further),
-        pid_entry,
+        argv: pointers(spec.argv, &mut []),
+        envp: pointers(spec.envp, &mut pid_entries),
+        pid_entries,
         fds: spec.fds.iter().map(|(fd, number)| (fd.as_raw_fd(), *number)).collect(),
         above: spec.fds.iter().map(|(_, number)| number + 1).max().unwrap_or(0).max(3),
         held: (!spec.executable.is_script() && !spec.executable.is_same_at_path())
@@ -207,7 +205,15 @@ pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
 /// Digits of the largest pid.
 const PID_DIGITS_MAX: usize = 10;
 
-fn pointers(strings: &[CString], further: Option<*const libc::c_char>) -> Vec<*const libc::c_char> {
+/// A variable with room for a pid and the byte that ends it.
+fn pid_entry(name: &str) -> Vec<u8> {
+    let mut entry = format!("{name}=").into_bytes();
+    entry.resize(entry.len() + PID_DIGITS_MAX + 1, 0);
+    entry
+}
+
+fn pointers(strings: &[CString], further: &mut [Vec<u8>]) -> Vec<*const libc::c_char> {
+    let further = further.iter_mut().map(|entry| entry.as_mut_ptr().cast_const().cast());
     strings.iter().map(|string| string.as_ptr()).chain(further).chain([std::ptr::null()]).collect()
 }
 
@@ -336,7 +342,9 @@ unsafe fn place_descriptors(prepared: &mut Prepared<'_>) -> libc::c_int {
 /// # Safety
 /// Only in a just forked child.
 unsafe fn exec(prepared: &mut Prepared<'_>) -> libc::c_int {
-    write_pid(&mut prepared.pid_entry, std::process::id());
+    for entry in &mut prepared.pid_entries {
+        write_pid(entry, std::process::id());
+    }
     let (argv, envp) = (prepared.argv.as_ptr(), prepared.envp.as_ptr());
     // SAFETY: null-terminated arrays of C strings that outlive the fork; signal sets are local. Dispositions go back
     // to the default before signals are let in, so no handler of the master runs here.
@@ -400,8 +408,7 @@ mod tests {
         for (pid, text) in
             [(1, "A=1\0\0\0\0\0\0\0\0\0\0"), (4_194_304, "A=4194304\0\0\0\0"), (120, "A=120\0\0\0\0\0\0\0\0")]
         {
-            let mut entry = b"A=".to_vec();
-            entry.resize(2 + PID_DIGITS_MAX + 1, 0);
+            let mut entry = pid_entry("A");
             write_pid(&mut entry, pid);
             assert_eq!(entry, text.as_bytes());
         }

@@ -10,8 +10,12 @@
 //! | [`diag`] | the kernel's list of sockets (sock_diag) |
 //! | [`socket`] | facts about one socket, descriptors and credentials over unix sockets |
 //! | [`child`], [`executable`], [`pidfd`] | starting a worker, pinning its binary, watching its end |
+//! | [`pipe`] | the pipe it logs into |
 //! | [`identity`] | the user, groups and capabilities a worker gets |
+//! | [`image`], [`memfd`] | becoming another program in place, and what it is told |
+//! | [`namespace`] | in which network, pid namespace and boot we are |
 //! | [`procfs`] | who owns a socket, who descends from whom, counters and sysctls |
+//! | [`reaper`] | the children that PID 1 is given |
 //! | [`signals`] | signals as a readable descriptor |
 //! | [`capability`], [`limits`] | what this process may do |
 #![allow(
@@ -26,9 +30,14 @@ pub mod child;
 pub mod diag;
 pub mod executable;
 pub mod identity;
+pub mod image;
 pub mod limits;
+pub mod memfd;
+pub mod namespace;
 pub mod pidfd;
+pub mod pipe;
 pub mod procfs;
+pub mod reaper;
 pub mod signals;
 pub mod socket;
 

@@ -1,12 +1,15 @@
 //! Processes by descriptor: a pid can be reused, a pidfd can't.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, kill_process_group,
     pidfd_getfd, pidfd_open, pidfd_send_signal, waitid,
 };
+
+use crate::check;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +25,7 @@ pub enum Exit {
     },
 }
 
-fn pid_of(pid: i32) -> io::Result<Pid> {
+pub(crate) fn pid_of(pid: i32) -> io::Result<Pid> {
     // 0 and negative numbers would mean "whole groups" to the kernel.
     if pid > 0 { Pid::from_raw(pid) } else { None }.ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
@@ -78,6 +81,48 @@ fn wait(pidfd: BorrowedFd<'_>, options: WaitIdOptions) -> io::Result<Option<Exit
 fn exit_of(status: &WaitIdStatus) -> Option<Exit> {
     let signal = || status.terminating_signal().map(|number| Exit::Signal { number, core: status.dumped() });
     status.exit_status().map(Exit::Code).or_else(signal)
+}
+
+/// Whether a process, a child or a stranger, has ended; never blocks.
+///
+/// # Errors
+/// When the descriptor is no pidfd.
+pub fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut polled = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default()))?;
+    if polled[0].revents().contains(PollFlags::NVAL) {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    Ok(polled[0].revents().contains(PollFlags::IN))
+}
+
+/// How a process that is no child of ours ended. `None` while it runs or waits for its parent to reap it, and where
+/// the kernel can't tell: before Linux 6.15, or when it had been reaped before its pidfd was opened.
+///
+/// # Errors
+/// When the descriptor is no pidfd.
+pub fn exit_of_stranger(pidfd: BorrowedFd<'_>) -> io::Result<Option<Exit>> {
+    // SAFETY: plain numbers, for which all zero is valid.
+    let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
+    info.mask = libc::PIDFD_INFO_EXIT.into();
+    // SAFETY: the kernel reads and writes the record, whose size is part of the request's number.
+    let asked = check(unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) });
+    match asked.map_err(|error| (error.raw_os_error(), error)) {
+        Ok(_) if info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0 => Ok(exit_of_wait_status(info.exit_code)),
+        Ok(_) => Ok(None),
+        // The first two: a kernel that doesn't know the request. The third: reaped, and nothing was kept of it.
+        Err((Some(libc::ENOTTY | libc::EINVAL | libc::ESRCH), _)) => Ok(None),
+        Err((_, error)) => Err(error),
+    }
+}
+
+fn exit_of_wait_status(status: i32) -> Option<Exit> {
+    if libc::WIFEXITED(status) {
+        Some(Exit::Code(libc::WEXITSTATUS(status)))
+    } else {
+        let signal = || Exit::Signal { number: libc::WTERMSIG(status), core: libc::WCOREDUMP(status) };
+        libc::WIFSIGNALED(status).then(signal)
+    }
 }
 
 /// Duplicates descriptor `number` of another process into this one, close-on-exec.

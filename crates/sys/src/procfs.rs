@@ -1,8 +1,10 @@
 //! What `/proc` tells: owners of sockets, the tree of processes, counters, sysctls.
 
 use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 
 /// One process, from `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +138,35 @@ pub fn start_time(pid: i32) -> io::Result<u64> {
     process(pid).map(|one| one.start_time)
 }
 
+/// Bytes of an environment that are read at most.
+const ENVIRONMENT_BYTES_MAX: u64 = 1024 * 1024;
+
+/// The environment a process was started with (not what it made of it since). For a moment after its start it is
+/// empty.
+///
+/// # Errors
+/// EACCES for a process of another user or one that isn't dumpable (CAP_SYS_PTRACE is the remedy), ENOENT or ESRCH
+/// when it has ended (older kernels show an empty one until it is reaped), `FileTooLarge` above 1 MiB.
+pub fn environment(pid: i32) -> io::Result<Vec<(OsString, OsString)>> {
+    let mut block = Vec::new();
+    let file = fs::File::open(format!("/proc/{pid}/environ"))?;
+    let bytes = file.take(ENVIRONMENT_BYTES_MAX + 1).read_to_end(&mut block)? as u64;
+    if bytes > ENVIRONMENT_BYTES_MAX {
+        let message = format!("/proc/{pid}/environ has more than {ENVIRONMENT_BYTES_MAX} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    Ok(variables_in(&block))
+}
+
+fn variables_in(block: &[u8]) -> Vec<(OsString, OsString)> {
+    let owned = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
+    let split = |entry: &[u8]| {
+        let at = entry.iter().position(|byte| *byte == b'=')?;
+        Some((owned(&entry[..at]), owned(&entry[at + 1..])))
+    };
+    block.split(|byte| *byte == 0).filter_map(split).collect()
+}
+
 /// A counter of this network namespace, such as `TCPMigrateReqSuccess`; `None` where the kernel doesn't have it.
 #[must_use]
 pub fn netstat(name: &str) -> Option<u64> {
@@ -198,6 +229,14 @@ mod tests {
         assert_eq!(netstat_in(table, "B"), Some(2));
         assert_eq!(netstat_in(table, "C"), Some(3));
         assert_eq!(netstat_in(table, "D"), None);
+    }
+
+    #[test]
+    fn an_environment_is_names_and_values() {
+        let pair = |name: &str, value: &str| (OsString::from(name), OsString::from(value));
+        let wanted = [pair("A", "1=2"), pair("B", "")];
+        assert_eq!(variables_in(b"A=1=2\0no variable\0B=\0"), wanted);
+        assert_eq!(variables_in(b""), []);
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub enum Request {
         #[serde(default)]
         force: bool,
     },
+    /// Replace the master's own program in place. Answered with [`Reply::Done`] or [`Reply::Error`].
+    Reexec {},
     /// Stop the whole service.
     Stop {
         /// Stay until everything has stopped ([`Reply::Done`]), else only [`Reply::Accepted`].

@@ -38,8 +38,11 @@ pub const SERVER_STARTER_PORT: &str = "SERVER_STARTER_PORT";
 /// The generation for programs written for Server::Starter.
 pub const SERVER_STARTER_GENERATION: &str = "SERVER_STARTER_GENERATION";
 
+/// Descriptor number of the snapshot a master finds after its re-exec; of no meaning to workers.
+pub const RESUME: &str = "REUSEPORTD_RESUME";
+
 /// Every variable the master owns: it removes what it inherited of these before it sets a worker's own.
-pub const OWNED: [&str; 14] = [
+pub const OWNED: [&str; 15] = [
     APP,
     GENERATION,
     SEAT,
@@ -54,6 +57,7 @@ pub const OWNED: [&str; 14] = [
     LISTEN_FDNAMES,
     SERVER_STARTER_PORT,
     SERVER_STARTER_GENERATION,
+    RESUME,
 ];
 
 /// One listener of `REUSEPORTD_LISTEN`.

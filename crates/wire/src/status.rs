@@ -141,6 +141,8 @@ words! {
         Systemd = "systemd",
         /// The start of the master.
         Start = "start",
+        /// A master that found workers which had neither master nor keeper.
+        Orphans = "orphans",
     }
 }
 

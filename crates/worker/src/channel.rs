@@ -1,26 +1,31 @@
 //! The worker's end of the handover channel.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags};
 use reuseportd_wire::channel::{ChannelError, DATAGRAM_BYTES_MAX, FromWorker, LISTENERS_MAX, ToWorker};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, epoll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair, sockopt,
 };
+use signal_hook::consts::SIGTERM;
 
-use crate::{Bound, Error};
+use crate::listener::wait;
+use crate::{Bound, Error, Watchdog};
 
-/// What the master says to a serving worker.
+/// What the master says to a serving worker. A master that was restored after a crash may say it again: each order,
+/// carried out once more, finds nothing left to do.
 #[derive(Debug)]
 pub enum Order {
     /// [`drain`](crate::drain) every listener, close it, say [`Orders::drained`], finish open
-    /// connections, exit.
+    /// connections, exit. SIGTERM is this order too: it needs no channel.
     Stop,
     /// [`drain`](crate::drain) the listener of a dead sibling, close it, say [`Orders::taken`], and serve
     /// what was accepted.
@@ -30,7 +35,7 @@ pub enum Order {
         /// The sibling's listener; its queue holds connections nobody else will accept.
         listener: TcpListener,
     },
-    /// The master is gone: go on serving. No further order comes; drop the [`Orders`] or stop polling them.
+    /// The master is gone: go on serving, and wait for orders as before. One can still come: SIGTERM, as `Stop`.
     MasterGone,
 }
 
@@ -39,26 +44,67 @@ pub enum Order {
 #[derive(Debug)]
 pub struct Orders {
     channel: Channel,
+    is_master_gone: bool,
+    /// Can be read when SIGTERM has come.
+    terminated: UnixStream,
+    /// Can be read when one of the two can: an epoll.
+    either: OwnedFd,
 }
 
 impl Orders {
-    pub(crate) fn new(channel: Channel) -> Self {
-        Self { channel }
+    /// From now on SIGTERM is an order and no longer the end.
+    pub(crate) fn new(channel: Channel) -> Result<Self, Error> {
+        let failed = Error::io::<io::Error>("wait for orders and SIGTERM");
+        let open = || {
+            let (terminated, far) = UnixStream::pair()?;
+            terminated.set_nonblocking(true)?;
+            signal_hook::low_level::pipe::register(SIGTERM, OwnedFd::from(far))?;
+            let either = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+            for one in [channel.socket.as_fd(), terminated.as_fd()] {
+                epoll::add(&either, one, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+            }
+            Ok((terminated, either))
+        };
+        let (terminated, either) = open().map_err(failed)?;
+        Ok(Self { channel, is_master_gone: false, terminated, either })
+    }
+
+    /// Hands the sockets over.
+    pub(crate) fn ready(&self, bound: &[Bound]) -> Result<(), Error> {
+        let names = bound.iter().map(|one| one.name().to_owned()).collect();
+        let fds: Vec<_> = bound.iter().map(AsFd::as_fd).collect();
+        self.channel.send_with(&FromWorker::Ready(names), &fds)
+    }
+
+    /// Waits for `serve`; `false` if it was told to stop instead.
+    pub(crate) fn is_told_to_serve(&mut self, watchdog: &mut Option<Watchdog>) -> Result<bool, Error> {
+        loop {
+            let timeout = watchdog.as_mut().map(Watchdog::feed).transpose()?;
+            self.wait(timeout)?;
+            match self.heard() {
+                Heard::Message(ToWorker::Serve, _) => return Ok(true),
+                Heard::Message(ToWorker::Stop, _) => return Ok(false),
+                Heard::Message(ToWorker::Take(_) | ToWorker::Unknown(_), _) | Heard::Nothing => {}
+                Heard::Gone => return Err(Error::MasterGone),
+            }
+        }
     }
 
     /// Waits for the next order.
     pub fn next_order(&mut self) -> Order {
         loop {
-            if let Some(order) = self.order_in(self.channel.wait_heard()) {
+            if let Some(order) = self.try_next_order() {
                 return order;
             }
+            // What can fail here is a shortage of memory, which passes.
+            let _ = self.wait(None);
         }
     }
 
     /// The next order, if one has come.
     pub fn try_next_order(&mut self) -> Option<Order> {
         loop {
-            match self.channel.heard() {
+            match self.heard() {
                 Heard::Nothing => return None,
                 heard => {
                     if let Some(order) = self.order_in(heard) {
@@ -66,6 +112,27 @@ impl Orders {
                     }
                 }
             }
+        }
+    }
+
+    fn wait(&self, timeout: Option<Duration>) -> Result<(), Error> {
+        wait(&mut [PollFd::new(self, PollFlags::IN)], timeout).map_err(Error::io("wait for orders"))
+    }
+
+    /// What the master said before it sent SIGTERM comes first.
+    fn heard(&mut self) -> Heard {
+        let heard = if self.is_master_gone { Heard::Nothing } else { self.channel.heard() };
+        match heard {
+            Heard::Nothing if matches!((&self.terminated).read(&mut [0; 16]), Ok(1..)) => {
+                Heard::Message(ToWorker::Stop, None)
+            }
+            Heard::Gone => {
+                self.is_master_gone = true;
+                // Its end can be read for ever. Should it stay in there, this wakes for nothing, and does no harm.
+                let _ = epoll::delete(&self.either, &self.channel.socket);
+                Heard::Gone
+            }
+            heard => heard,
         }
     }
 
@@ -112,7 +179,7 @@ impl Orders {
 
 impl AsFd for Orders {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.channel.socket.as_fd()
+        self.either.as_fd()
     }
 }
 
@@ -123,9 +190,8 @@ pub(crate) struct Channel {
     _far: Option<OwnedFd>,
 }
 
-pub(crate) enum Heard {
+enum Heard {
     Message(ToWorker, Option<OwnedFd>),
-    /// Nothing yet, or nothing this worker understands (the master was told).
     Nothing,
     Gone,
 }
@@ -142,12 +208,6 @@ impl Channel {
     pub(crate) fn silent() -> Result<Self, Error> {
         let (socket, far) = seqpacket_pair().map_err(Error::io("make a channel"))?;
         Ok(Self { socket, _far: Some(far) })
-    }
-
-    pub(crate) fn send_ready(&self, bound: &[Bound]) -> Result<(), Error> {
-        let names = bound.iter().map(|one| one.name().to_owned()).collect();
-        let fds: Vec<_> = bound.iter().map(AsFd::as_fd).collect();
-        self.send_with(&FromWorker::Ready(names), &fds)
     }
 
     pub(crate) fn send_error(&self, text: &str) -> Result<(), Error> {
@@ -174,26 +234,20 @@ impl Channel {
         }
     }
 
-    /// Waits first: whoever waits on a duplicate may have made the socket non-blocking.
-    pub(crate) fn wait_heard(&self) -> Heard {
-        // Should the wait fail, the receive says why the channel is of no use any more.
-        let _ = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], None));
-        self.heard()
-    }
-
-    pub(crate) fn heard(&self) -> Heard {
-        let mut buffer = [0; DATAGRAM_BYTES_MAX + 1];
-        let (length, fd) = match receive(&self.socket, &mut buffer) {
-            Err(Errno::AGAIN) => return Heard::Nothing,
-            // An empty datagram is not part of the protocol, so no bytes means that the end is closed.
-            Err(_) | Ok((0, _)) => return Heard::Gone,
-            Ok(received) => received,
-        };
-        match ToWorker::decode(&buffer[..length]) {
-            Ok(message) => Heard::Message(message, fd),
-            Err(refused) => {
-                self.answer(refused);
-                Heard::Nothing
+    fn heard(&self) -> Heard {
+        loop {
+            let mut buffer = [0; DATAGRAM_BYTES_MAX + 1];
+            let (length, fd) = match receive(&self.socket, &mut buffer) {
+                Err(Errno::AGAIN) => return Heard::Nothing,
+                // Said once, by the end of a master that left something unread, before what it had sent.
+                Err(Errno::CONNRESET) => continue,
+                // An empty datagram is not part of the protocol, so no bytes means that the end is closed.
+                Err(_) | Ok((0, _)) => return Heard::Gone,
+                Ok(received) => received,
+            };
+            match ToWorker::decode(&buffer[..length]) {
+                Ok(message) => return Heard::Message(message, fd),
+                Err(refused) => self.answer(refused),
             }
         }
     }

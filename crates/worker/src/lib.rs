@@ -25,6 +25,9 @@
 //! A program with a loop of its own takes [`Serving`] apart: `listeners` are plain
 //! [`std::net::TcpListener`]s, `orders` can be polled, and [`drain`] empties a listener.
 //!
+//! SIGTERM is understood as `stop`, also when the master is gone. Where the master has a watchdog, the waiting and the
+//! accepting of the SDK give it signs of life; a program with a loop of its own takes [`Watchdog`].
+//!
 //! Without a master (development) the same program binds the address it names itself and listens at once.
 
 #![forbid(unsafe_code)]
@@ -32,21 +35,22 @@
 mod channel;
 mod error;
 mod listener;
+mod watchdog;
 
 pub use channel::{Order, Orders};
 pub use error::Error;
 pub use listener::{Bound, drain};
 pub use reuseportd_wire::env::{Listen, Protocol};
 pub use socket2::Socket;
+pub use watchdog::Watchdog;
 
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::str::FromStr;
 
-use reuseportd_wire::channel::ToWorker;
 use reuseportd_wire::env;
 
-use channel::{Channel, Heard};
+use channel::Channel;
 
 /// Connections that may wait when there is no master to say how many.
 const BACKLOG_ALONE: i32 = 1024;
@@ -136,28 +140,31 @@ impl Worker {
     /// Hands the sockets over and waits until the master says `serve`: from then on connections arrive.
     /// `None` means that it said `stop` instead (the upgrade failed elsewhere): exit with 0.
     ///
-    /// Call it when everything else is initialised: the master counts this worker as ready.
+    /// Call it when everything else is initialised: the master counts this worker as ready. From here on SIGTERM is
+    /// an order to stop, [`Order::Stop`], and does not end the process any more.
     ///
     /// # Errors
     /// The channel fails, or the master is gone before it said either.
     pub fn ready(self, bound: Vec<Bound>) -> Result<Option<Serving>, Error> {
-        let channel = match self.channel {
+        let orders = match self.channel {
             Some(channel) => {
-                channel.send_ready(&bound)?;
-                if !told_to_serve(&channel)? {
+                let mut orders = Orders::new(channel)?;
+                orders.ready(&bound)?;
+                if !orders.is_told_to_serve(&mut Watchdog::from_env()?)? {
                     return Ok(None);
                 }
-                channel
+                orders
             }
             None => {
+                let orders = Orders::new(Channel::silent()?)?;
                 for one in &bound {
                     one.listen(BACKLOG_ALONE)?;
                 }
-                Channel::silent()?
+                orders
             }
         };
         let listeners = bound.into_iter().map(Bound::into_listener).collect();
-        Ok(Some(Serving { listeners, orders: Orders::new(channel) }))
+        Ok(Some(Serving { listeners, orders }))
     }
 
     /// Tells the master why this worker can't go on; the text is in the reason of the failed upgrade.
@@ -176,17 +183,6 @@ pub struct Serving {
     pub listeners: Vec<(String, TcpListener)>,
     /// What the master says from now on.
     pub orders: Orders,
-}
-
-fn told_to_serve(channel: &Channel) -> Result<bool, Error> {
-    loop {
-        match channel.wait_heard() {
-            Heard::Message(ToWorker::Serve, _) => return Ok(true),
-            Heard::Message(ToWorker::Stop, _) => return Ok(false),
-            Heard::Message(ToWorker::Take(_) | ToWorker::Unknown(_), _) | Heard::Nothing => {}
-            Heard::Gone => return Err(Error::MasterGone),
-        }
-    }
 }
 
 /// Looks a variable up.

@@ -3,16 +3,17 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use socket2::{Domain, Socket, Type};
 
-use crate::{Error, Listen, Order, Orders, Protocol, Serving};
+use crate::{Error, Listen, Order, Orders, Protocol, Serving, Watchdog};
 
 /// How long to wait before accepting again when descriptors or memory have run out: no event tells
 /// when there are some again.
-const EXHAUSTED_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(20);
 
 /// A socket that has an address and does not listen yet.
 #[derive(Debug)]
@@ -85,14 +86,28 @@ fn set_defaults(socket: &Socket, address: SocketAddr) -> io::Result<()> {
 ///
 /// # Errors
 /// `accept` fails for a reason that lies in the listener itself.
-pub fn drain(listener: &TcpListener, mut accepted: impl FnMut(TcpStream)) -> Result<u32, Error> {
+pub fn drain(listener: &TcpListener, accepted: impl FnMut(TcpStream)) -> Result<u32, Error> {
+    drain_alive(listener, &mut None, accepted)
+}
+
+fn drain_alive(
+    listener: &TcpListener,
+    watchdog: &mut Option<Watchdog>,
+    mut accepted: impl FnMut(TcpStream),
+) -> Result<u32, Error> {
     set_nonblocking(listener)?;
     let mut count = 0;
-    while let Accepted::Stream(stream) = accept(listener)? {
-        count += 1;
-        accepted(stream);
+    loop {
+        watchdog.as_mut().map(Watchdog::feed).transpose()?;
+        match accept(listener)? {
+            Accepted::Stream(stream) => {
+                count += 1;
+                accepted(stream);
+            }
+            Accepted::Exhausted => pause()?,
+            Accepted::Empty | Accepted::Closed => return Ok(count),
+        }
     }
-    Ok(count)
 }
 
 impl Serving {
@@ -106,34 +121,36 @@ impl Serving {
     /// # Errors
     /// The channel or a listener fails.
     pub fn accept_each(self, mut serve: impl FnMut(&str, TcpStream)) -> Result<(), Error> {
-        let Self { mut listeners, orders } = self;
-        let mut orders = Some(orders);
+        let Self { mut listeners, mut orders } = self;
+        let mut watchdog = Watchdog::from_env()?;
         for (_, listener) in &listeners {
             set_nonblocking(listener)?;
         }
-        while orders.is_some() || !listeners.is_empty() {
-            for index in ready_listeners(&listeners, orders.as_ref())? {
+        let mut is_master_gone = false;
+        while !is_master_gone || !listeners.is_empty() {
+            let timeout = watchdog.as_mut().map(Watchdog::feed).transpose()?;
+            for index in ready_listeners(&listeners, &orders, timeout)? {
                 let (name, listener) = &listeners[index];
                 match accept(listener)? {
                     Accepted::Stream(stream) => serve(name, stream),
                     Accepted::Empty => {}
+                    Accepted::Exhausted => pause()?,
                     Accepted::Closed => drop(listeners.remove(index)),
                 }
             }
-            let Some(listening) = &mut orders else { continue };
-            match listening.try_next_order() {
+            match orders.try_next_order() {
                 None => {}
-                Some(Order::MasterGone) => orders = None,
+                Some(Order::MasterGone) => is_master_gone = true,
                 Some(Order::Take { name, listener }) => {
-                    let count = drain(&listener, |stream| serve(&name, stream))?;
+                    let count = drain_alive(&listener, &mut watchdog, |stream| serve(&name, stream))?;
                     drop(listener);
-                    listening.taken(&name, count)?;
+                    orders.taken(&name, count)?;
                 }
                 Some(Order::Stop) => {
                     for (name, listener) in listeners {
-                        drain(&listener, |stream| serve(&name, stream))?;
+                        drain_alive(&listener, &mut watchdog, |stream| serve(&name, stream))?;
                     }
-                    return listening.drained();
+                    return orders.drained();
                 }
             }
         }
@@ -141,22 +158,34 @@ impl Serving {
     }
 }
 
-/// Waits for a connection or an order, and says which listeners have a connection: the last first, so
-/// that one of them can be removed.
+/// Waits for a connection or an order, `timeout` at the most, and says which listeners have a connection: the last
+/// first, so that one of them can be removed.
 fn ready_listeners(
     listeners: &[(String, TcpListener)],
-    orders: Option<&Orders>,
+    orders: &Orders,
+    timeout: Option<Duration>,
 ) -> Result<Vec<usize>, Error> {
     let mut fds: Vec<_> =
         listeners.iter().map(|(_, listener)| PollFd::new(listener, PollFlags::IN)).collect();
-    fds.extend(orders.map(|orders| PollFd::new(orders, PollFlags::IN)));
-    rustix::io::retry_on_intr(|| poll(&mut fds, None)).map_err(Error::io("wait for connections"))?;
+    fds.push(PollFd::new(orders, PollFlags::IN));
+    wait(&mut fds, timeout).map_err(Error::io("wait for connections"))?;
     Ok((0..listeners.len()).rev().filter(|&index| !fds[index].revents().is_empty()).collect())
+}
+
+/// A signal may end it early.
+pub(crate) fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> rustix::io::Result<()> {
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    match poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 enum Accepted {
     Stream(TcpStream),
     Empty,
+    /// Descriptors or memory have run out; something may wait.
+    Exhausted,
     /// It does not listen any more: somebody shut it down, its connections are elsewhere.
     Closed,
 }
@@ -170,7 +199,9 @@ fn accept(listener: &TcpListener) -> Result<Accepted, Error> {
         match Errno::from_io_error(&source) {
             Some(Errno::AGAIN) => return Ok(Accepted::Empty),
             Some(Errno::INVAL) => return Ok(Accepted::Closed),
-            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => pause()?,
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                return Ok(Accepted::Exhausted);
+            }
             // What accept(2) reports of the one connection it took from the queue.
             Some(
                 Errno::INTR
@@ -190,9 +221,7 @@ fn accept(listener: &TcpListener) -> Result<Accepted, Error> {
 }
 
 fn pause() -> Result<(), Error> {
-    rustix::io::retry_on_intr(|| poll(&mut [], Some(&EXHAUSTED_PAUSE)))
-        .map(drop)
-        .map_err(Error::io("wait for descriptors to become free"))
+    wait(&mut [], Some(EXHAUSTED_PAUSE)).map_err(Error::io("wait for descriptors to become free"))
 }
 
 fn set_nonblocking(listener: &TcpListener) -> Result<(), Error> {

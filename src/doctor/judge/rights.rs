@@ -1,5 +1,8 @@
 //! What this process may do, against what the engine and the workers need.
 
+use rustix::thread::CapabilitySet;
+
+use super::settings::set;
 use crate::config::{Bind, EngineChoice};
 use crate::doctor::facts::{Facts, Port, Rights};
 use crate::doctor::finding::{Finding, Level};
@@ -12,20 +15,32 @@ pub(super) fn all(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-/// The command that gives the program all it lacks: `setcap` replaces what a file had.
-fn setcap(facts: &Facts, needed: &str) -> String {
-    let Rights { program, bpf, sys_ptrace, net_bind_service, .. } = &facts.rights;
+/// What gives the program all it lacks: `setcap` replaces what a file had.
+fn grant(facts: &Facts, needed: CapabilitySet) -> String {
+    let Rights { program, bounds, bpf, sys_ptrace, net_bind_service, .. } = &facts.rights;
     let has_low_port = low_port(facts).is_some();
     let lacking = [
-        ("cap_bpf", !bpf || needed == "cap_bpf"),
-        ("cap_net_admin", needed == "cap_net_admin"),
-        ("cap_net_bind_service", has_low_port && !net_bind_service),
-        ("cap_sys_ptrace", !sys_ptrace || needed == "cap_sys_ptrace"),
+        ("bpf", CapabilitySet::BPF, !bpf),
+        ("net_admin", CapabilitySet::NET_ADMIN, false),
+        ("net_bind_service", CapabilitySet::NET_BIND_SERVICE, has_low_port && !net_bind_service),
+        ("sys_ptrace", CapabilitySet::SYS_PTRACE, !sys_ptrace),
     ];
-    let names: Vec<&str> = lacking.iter().filter(|(_, lacks)| *lacks).map(|(name, _)| *name).collect();
-    let unit = needed.to_uppercase();
+    let wanted = lacking.iter().find(|(_, capability, _)| *capability == needed);
+    let name = wanted.map_or_else(String::new, |(name, ..)| name.to_uppercase());
+    // A file with what is out of bounds could not even be executed.
+    if !bounds.contains(needed) {
+        return format!(
+            "start the container with --cap-add {name} (podman, docker); under systemd: \
+             CapabilityBoundingSet=CAP_{name} and AmbientCapabilities=CAP_{name} in the unit"
+        );
+    }
+    let names: Vec<String> = lacking
+        .iter()
+        .filter(|(_, capability, lacks)| bounds.contains(*capability) && (*lacks || *capability == needed))
+        .map(|(name, ..)| format!("cap_{name}"))
+        .collect();
     format!(
-        "setcap {}+ep {program}   # under systemd: AmbientCapabilities={unit} in the unit",
+        "setcap {}+ep {program}   # under systemd: AmbientCapabilities=CAP_{name} in the unit",
         names.join(",")
     )
 }
@@ -46,7 +61,7 @@ fn bpf(facts: &Facts) -> Finding {
             (Level::Note, "nothing: the configured engine does without")
         }
     };
-    Finding::bad(level, CHECK, "CAP_BPF is missing", lost, setcap(facts, CHECK))
+    Finding::bad(level, CHECK, "CAP_BPF is missing", lost, grant(facts, CapabilitySet::BPF))
 }
 
 fn sys_ptrace(facts: &Facts) -> Finding {
@@ -62,7 +77,7 @@ fn sys_ptrace(facts: &Facts) -> Finding {
         "CAP_SYS_PTRACE is missing",
         "unmodified workers that run as another user, have more capabilities than the master, or whose executable it \
          can't read: their listeners can't be reached. Handover workers and bind = \"master\" need nothing",
-        setcap(facts, CHECK),
+        grant(facts, CapabilitySet::SYS_PTRACE),
     )
 }
 
@@ -100,8 +115,8 @@ fn getfd(facts: &Facts) -> Finding {
             CHECK,
             format!("a descriptor of an own child can't be fetched ({why})"),
             LOST,
-            "allow pidfd_open and pidfd_getfd: the seccomp profile of the container, SystemCallFilter= of the unit, \
-             or the security module in force",
+            "allow pidfd_open and pidfd_getfd: the seccomp profile of the container (docker's own does with \
+             --cap-add SYS_PTRACE), SystemCallFilter= of the unit, or the security module in force",
         ),
         (Trial::Untested(obstacle), _) => Finding::bad(
             Level::Warning,
@@ -119,7 +134,7 @@ fn net_admin(facts: &Facts) -> Finding {
         return Finding::ok(CHECK, "CAP_NET_ADMIN");
     }
     let lost = "listen.force_reuseport; nothing else needs it";
-    Finding::bad(Level::Note, CHECK, "CAP_NET_ADMIN is missing", lost, setcap(facts, CHECK))
+    Finding::bad(Level::Note, CHECK, "CAP_NET_ADMIN is missing", lost, grant(facts, CapabilitySet::NET_ADMIN))
 }
 
 /// The lowest configured port an ordinary process may not bind.
@@ -139,7 +154,7 @@ fn low_ports(facts: &Facts) -> Option<Finding> {
             CHECK,
             format!("CAP_NET_BIND_SERVICE is missing, and port {port} is configured"),
             "the service: nobody can bind that port",
-            format!("sysctl -w net.ipv4.ip_unprivileged_port_start={port}"),
+            set(facts, "net.ipv4.ip_unprivileged_port_start", u64::from(port)),
         ));
     }
     if bind == Bind::Worker && facts.needs.other_user && !facts.needs.user_binds_low_ports {

@@ -17,6 +17,17 @@ pub(super) fn all(facts: &Facts) -> Vec<Finding> {
     ]
 }
 
+/// The command that sets a sysctl of the network.
+pub(super) fn set(facts: &Facts, name: &str, value: u64) -> String {
+    match facts.settings.are_read_only {
+        false => format!("sysctl -w {name}={value}"),
+        true => format!(
+            "start the container with --sysctl {name}={value} (podman, docker); where it shares the machine's \
+             network: sysctl -w {name}={value} out there"
+        ),
+    }
+}
+
 fn largest_backlog(facts: &Facts) -> u64 {
     facts.needs.listen.iter().map(|port| u64::from(port.backlog)).max().unwrap_or(0)
 }
@@ -43,7 +54,7 @@ fn somaxconn(facts: &Facts) -> Finding {
         NAME,
         format!("{value}: the kernel cuts the backlog of {backlog} to that, without a word"),
         "connections beyond it in a burst: clients send their SYN again after a second or more, or give up",
-        format!("sysctl -w {NAME}={backlog}"),
+        set(facts, NAME, backlog),
     )
 }
 
@@ -54,7 +65,7 @@ fn max_syn_backlog(facts: &Facts) -> Finding {
     if value >= backlog {
         return Finding::ok(NAME, format!("{value}, room for a backlog of {backlog}"));
     }
-    let remedy = format!("sysctl -w {NAME}={backlog}");
+    let remedy = set(facts, NAME, backlog);
     let found = format!("{value}, below the backlog of {backlog}");
     if facts.settings.tcp_syncookies == Some(0) {
         let lost = "half-open handshakes beyond three quarters of it: net.ipv4.tcp_syncookies is 0, so their SYNs are dropped";
@@ -75,7 +86,7 @@ fn abort_on_overflow(facts: &Facts) -> Finding {
             NAME,
             format!("{value}: a full queue resets connections"),
             "in a burst, connections that would be served a moment later",
-            format!("sysctl -w {NAME}=0"),
+            set(facts, NAME, 0),
         ),
     }
 }
@@ -93,7 +104,7 @@ fn migrate_req(facts: &Facts) -> Finding {
             (Level::Note, "a second net: with ebpf the steering program moves queues whatever this says")
         }
     };
-    let remedy = format!("sysctl -w {NAME}=1");
+    let remedy = set(facts, NAME, 1);
     match (facts.settings.tcp_migrate_req, &facts.trials.orphan) {
         (None, _) => {
             let remedy = "boot Linux 5.14 or later";

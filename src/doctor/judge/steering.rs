@@ -5,7 +5,7 @@ use reuseportd_core::Engine;
 use crate::config::EngineChoice;
 use crate::doctor::facts::Facts;
 use crate::doctor::finding::{Finding, Level};
-use crate::doctor::trials::{Obstacle, Trial};
+use crate::doctor::trials::{ALLOW_BPF, Obstacle, Trial};
 use crate::doctor::verdict;
 
 pub(super) fn all(facts: &Facts) -> Vec<Finding> {
@@ -110,8 +110,7 @@ fn engine(facts: &Facts) -> Finding {
             CHECK,
             found,
             "the ebpf engine, although CAP_BPF is there",
-            "allow bpf(2): kernel 5.14 or later, CONFIG_BPF_SYSCALL, the seccomp profile of the container or \
-             SystemCallFilter= of the unit, and kernel lockdown",
+            ALLOW_BPF,
         ),
         // That CAP_BPF is missing is a finding of its own.
         (Engine::Ebpf | Engine::Cbpf, _) => Finding::ok(CHECK, found),

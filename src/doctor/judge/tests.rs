@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use reuseportd_core::Engine;
+use rustix::thread::CapabilitySet;
 
 use super::all;
 use crate::config::{Bind, EngineChoice};
@@ -30,9 +31,11 @@ fn well() -> Facts {
             sys_ptrace: true,
             net_admin: true,
             net_bind_service: true,
+            bounds: CapabilitySet::all(),
             getfd: Trial::Passed,
         },
         settings: Settings {
+            are_read_only: false,
             somaxconn: Some(4096),
             tcp_max_syn_backlog: Some(4096),
             tcp_syncookies: Some(1),
@@ -243,6 +246,28 @@ fn the_engine() {
     assert_eq!(after(|facts| facts.engine = Ok((Engine::None, String::new()))), [("engine", Level::Problem)]);
     // `auto` has CAP_BPF and yet takes cbpf: bpf(2) is blocked.
     assert_eq!(after(|facts| facts.engine = Ok((Engine::Cbpf, String::new()))), [("engine", Level::Warning)]);
+}
+
+#[test]
+fn what_a_container_withholds_is_given_at_its_start() {
+    let remedy = |facts: &Facts, check: &str| {
+        let findings = all(facts);
+        let finding = findings.iter().find(|finding| finding.check == check).unwrap();
+        finding.remedy.clone().unwrap()
+    };
+    let mut facts = well();
+    (facts.rights.bpf, facts.rights.sys_ptrace) = (false, false);
+    facts.rights.bounds.remove(CapabilitySet::SYS_PTRACE);
+    let ptrace = remedy(&facts, "cap_sys_ptrace");
+    assert!(ptrace.starts_with("start the container with --cap-add SYS_PTRACE "), "{ptrace}");
+    let bpf = remedy(&facts, "cap_bpf");
+    assert!(bpf.starts_with("setcap cap_bpf+ep /usr/bin/reuseportd "), "{bpf}");
+
+    facts.settings.somaxconn = Some(128);
+    assert_eq!(remedy(&facts, "net.core.somaxconn"), "sysctl -w net.core.somaxconn=4096");
+    facts.settings.are_read_only = true;
+    let sysctl = remedy(&facts, "net.core.somaxconn");
+    assert!(sysctl.starts_with("start the container with --sysctl net.core.somaxconn=4096 "), "{sysctl}");
 }
 
 #[test]

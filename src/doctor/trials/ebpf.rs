@@ -1,5 +1,6 @@
 //! The `ebpf` engine's own program on scratch sockets.
 
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 
@@ -7,14 +8,18 @@ use reuseportd_sys::bpf::{BpfError, EbpfGroup, Plan, Range};
 use reuseportd_sys::capability;
 
 use super::scratch::{Waiter, connect, expect_all_at, group, readable};
-use super::{AGAIN, Trouble, is_out_of_descriptors};
+use super::{AGAIN, ALLOW_BPF, Trouble, is_out_of_descriptors};
 
 impl From<BpfError> for Trouble {
     fn from(error: BpfError) -> Self {
         let errno = error.errno().map(std::io::Error::from_raw_os_error);
-        match errno.filter(is_out_of_descriptors) {
-            Some(errno) => errno.into(),
-            None => Trouble::Failed(error.to_string()),
+        match errno {
+            Some(errno) if is_out_of_descriptors(&errno) => errno.into(),
+            // With CAP_BPF: it is not the kernel's program that fails, but the call that is kept from it.
+            Some(errno) if errno.kind() == ErrorKind::PermissionDenied => {
+                Trouble::untested(error.to_string(), ALLOW_BPF)
+            }
+            _ => Trouble::Failed(error.to_string()),
         }
     }
 }
@@ -29,7 +34,7 @@ fn point_at(steer: &EbpfGroup, key: u32) -> Result<(), Trouble> {
 
 fn steered(listener: &TcpListener) -> Result<EbpfGroup, Trouble> {
     if !capability::has_bpf() {
-        return Err(Trouble::untested("CAP_BPF is missing", "sudo reuseportd doctor"));
+        return Err(Trouble::untested("CAP_BPF is missing", "reuseportd doctor   # again, with CAP_BPF"));
     }
     let steer = EbpfGroup::new(2)?;
     steer.admit(0, listener.as_fd())?;

@@ -64,6 +64,10 @@ impl From<std::io::Error> for Trouble {
 
 const AGAIN: &str = "reuseportd doctor   # again";
 
+/// For who has CAP_BPF and is refused all the same.
+pub(super) const ALLOW_BPF: &str = "allow bpf(2): kernel 5.14 or later, CONFIG_BPF_SYSCALL, the seccomp profile of the \
+                                    container or SystemCallFilter= of the unit, and kernel lockdown";
+
 fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
@@ -172,6 +176,10 @@ pub(super) fn getfd() -> Trial {
     let mut child = match child {
         Ok(child) => child,
         Err(error) => {
+            // No child, then at least whether the call is let through.
+            if let Err(refused) = fetch(std::process::id()) {
+                return Trial::Failed(refused);
+            }
             let why = format!("cannot start cat as a child to try it on: {error}");
             return Trial::Untested(Obstacle {
                 why,
@@ -179,10 +187,14 @@ pub(super) fn getfd() -> Trial {
             });
         }
     };
-    let fetched = pidfd::open(child.id().cast_signed())
-        .and_then(|process| pidfd::getfd(process.as_fd(), 0))
-        .map_err(|error| error.to_string());
+    let fetched = fetch(child.id());
     // A cat that is none might not end with its input.
     let _ = child.kill().and_then(|()| child.wait());
-    fetched.map_or_else(Trial::Failed, |_| Trial::Passed)
+    fetched.map_or_else(Trial::Failed, |()| Trial::Passed)
+}
+
+fn fetch(pid: u32) -> Result<(), String> {
+    let fetched =
+        pidfd::open(pid.cast_signed()).and_then(|process| pidfd::getfd(process.as_fd(), 0).map(drop));
+    fetched.map_err(|error| error.to_string())
 }

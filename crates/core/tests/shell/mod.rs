@@ -88,6 +88,7 @@ impl Shell {
             idle_timeout: second * 2,
             drain_timeout: second * 60,
             max_draining: 4,
+            watchdog: None,
             backoff: Duration::from_millis(100),
             backoff_max: second * 10,
             stable_after: second * 10,
@@ -176,6 +177,7 @@ impl Shell {
             Command::Owns { listener, .. } => {
                 Event::Owned { listener, owned: self.owners.contains_key(&listener) }
             }
+            Command::Save => Event::Saved,
             Command::CheckRemains { worker } => Event::Remains { worker, left: false },
             Command::Observe { group } => Event::Observed { group, view: self.view() },
             Command::Count { ref workers } => {

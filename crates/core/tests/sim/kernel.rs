@@ -128,6 +128,8 @@ pub(crate) struct Kernel {
     pub(crate) left: BTreeSet<GroupId>,
     /// Listeners in which something new waits, since somebody last asked.
     pub(crate) woken: Vec<ListenerId>,
+    /// The master is another's successor.
+    pub(crate) is_adopted: bool,
     failures: u64,
     next_listener: u32,
     next_connection: u64,
@@ -210,6 +212,14 @@ impl Kernel {
         }
     }
 
+    /// The same, but nobody decided it.
+    pub(crate) fn lose(&mut self, listener: ListenerId, holder: Holder, rng: &mut Rng) {
+        let Some(socket) = self.sockets.get_mut(&listener) else { return };
+        if socket.holders.remove(&holder) && socket.holders.is_empty() {
+            self.leave(listener, false, rng);
+        }
+    }
+
     /// The listener leaves its group, whoever still holds it.
     pub(crate) fn shutdown(&mut self, listener: ListenerId, rng: &mut Rng) {
         self.leave(listener, true, rng);
@@ -231,8 +241,14 @@ impl Kernel {
             return Err(EINVAL);
         }
         let keys = &mut self.groups.entry(socket.group).or_default().keys;
-        if socket.key.is_some() {
-            return Err(EBUSY);
+        // It is moved; the shell takes out what is under another key.
+        match socket.key {
+            Some(before) if before == key => return Ok(()),
+            Some(before) if self.is_adopted => {
+                keys.remove(&before);
+            }
+            Some(_) => return Err(EBUSY),
+            None => {}
         }
         socket.key = Some(key);
         let before = keys.insert(key, listener);
@@ -240,6 +256,16 @@ impl Kernel {
             socket.key = None;
         }
         Ok(())
+    }
+
+    /// Empties every key but these.
+    pub(crate) fn keep_keys(&mut self, group: GroupId, kept: &[(u32, ListenerId)]) {
+        let keys = self.group(group).keys.clone();
+        for (key, listener) in keys {
+            if !kept.contains(&(key, listener)) {
+                self.evict(group, key);
+            }
+        }
     }
 
     pub(crate) fn evict(&mut self, group: GroupId, key: u32) {

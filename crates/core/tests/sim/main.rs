@@ -4,6 +4,7 @@
 //! come to rest. `REUSEPORTD_SIM_SEED=n` replays one seed and shows everything, `REUSEPORTD_SIM_SEEDS=n` runs so many
 //! (256), `REUSEPORTD_SIM_STEPS=n` makes the first phase longer or shorter.
 
+mod death;
 mod facts;
 mod kernel;
 mod oracle;
@@ -12,6 +13,8 @@ mod protocol;
 mod rng;
 mod seats;
 mod temper;
+mod twin;
+mod upkeep;
 mod workers;
 mod world;
 
@@ -49,6 +52,7 @@ impl Drop for Replay {
 
 struct Run {
     tally: Tally,
+    upkeep: upkeep::Tally,
     outcomes: BTreeMap<&'static str, u32>,
 }
 
@@ -70,7 +74,9 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     // A service that can't keep up never gets its queues empty: that is nobody's promise.
     world.accept = [0, MS, 5 * MS, 20 * MS][world.rng.index(4)];
     world.pace = world.rng.between(2, 40) * MS + world.accept;
+    world.mortality = [0, 10, 30, 100][world.rng.index(4)];
     world.trace(format_args!("seed {seed}, {engine:?}, {} groups", world.groups));
+    world.begin();
     world.upgrade(Trigger::Start);
     world.later(0, Happening::Client);
     world.later(500 * MS, Happening::Operator);
@@ -82,7 +88,7 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     }
     come_to_rest(&mut world, &mut replay);
     end(&mut world, &mut replay);
-    Run { tally: world.oracle.tally, outcomes: world.oracle.protocol.outcomes.clone() }
+    Run { tally: world.oracle.tally, upkeep: world.upkeep.tally, outcomes: world.oracle.protocol.outcomes.clone() }
 }
 
 /// No faults any more: within bounded time everything is as the operator wants it, and stays so through an upgrade.
@@ -145,14 +151,14 @@ impl World {
         if state != MasterState::Steady {
             return Some(format!("{state:?}"));
         }
-        if !self.oracle.protocol.is_quiet() {
+        if !self.oracle.protocol.is_quiet() || !self.upkeep.is_quiet() {
             return Some("somebody waits for an answer".to_owned());
         }
         let active = self.oracle.protocol.active()?;
         let seats = u32::from(self.plans[&active].workers);
         let mut serving = 0;
         for (id, worker) in &self.workers {
-            let serves = worker.runs && worker.generation == active && self.oracle.protocol.is_serving(*id);
+            let serves = worker.runs && worker.mute.is_none() && worker.generation == active && self.oracle.protocol.is_serving(*id);
             serving += u32::from(serves);
             if !serves && (worker.runs || worker.child || !worker.reaped) {
                 return Some(format!("{id:?} lives: {worker:?}"));
@@ -178,6 +184,7 @@ fn nothing_is_lost_and_everything_ends() {
     }
     let (mut sum, mut control) = (Tally::default(), Tally::default());
     let mut outcomes: BTreeMap<&str, u32> = BTreeMap::new();
+    let mut upkeep = upkeep::Tally::default();
     let seeds = knob("REUSEPORTD_SIM_SEEDS").unwrap_or(256);
     for seed in 0..seeds {
         let run = run(seed, steps, false);
@@ -186,11 +193,12 @@ fn nothing_is_lost_and_everything_ends() {
         } else {
             sum.add(&run.tally)
         }
+        upkeep.add(&run.upkeep);
         for (name, count) in run.outcomes {
             *outcomes.entry(name).or_default() += count;
         }
     }
-    eprintln!("{sum:?} {outcomes:?}, without steering: {control:?}");
+    eprintln!("{sum:?} {upkeep:?} {outcomes:?}, without steering: {control:?}");
     // What never happens is not tested either.
     if seeds >= 256 {
         assert!(sum.counted > 0 && sum.strays > 0 && sum.excused > 0 && outcomes.len() == 3);

@@ -4,7 +4,7 @@ use crate::kernel::{Choice, Holder, Kernel, Loss, Program, Socket, Stage};
 use crate::protocol::Protocol;
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Generation, GroupId, ListenerId, Plan, Report, Time, WorkerId,
+    Command, Engine, Event, Found, Generation, GroupId, ListenerId, Plan, Report, Time, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -46,6 +46,10 @@ pub(crate) struct Oracle {
     /// Losses the core has owned up to.
     admitted: BTreeMap<ListenerId, u32>,
     pub(crate) tally: Tally,
+    /// A master that was killed had begun to stop, and the next one does not know it; until it steers.
+    refusing: BTreeSet<GroupId>,
+    /// Handles that came too late, and go back at once.
+    pub(crate) unwanted: BTreeSet<ListenerId>,
     deadline_handled: bool,
 }
 
@@ -85,6 +89,8 @@ impl Oracle {
             unsure: BTreeSet::new(),
             admitted: BTreeMap::new(),
             tally: Tally::default(),
+            refusing: BTreeSet::new(),
+            unwanted: BTreeSet::new(),
             deadline_handled: false,
         }
     }
@@ -94,6 +100,11 @@ impl Oracle {
     }
 
     pub(crate) fn event(&mut self, event: &Event, now: u64) {
+        if let Event::Ready { worker, listeners } | Event::Found { worker, found: Found::All(listeners) } = event
+            && self.protocol.is_over(*worker)
+        {
+            self.unwanted.extend(listeners.iter().map(|(_, listener)| *listener));
+        }
         self.protocol.event(event, now);
     }
 
@@ -148,8 +159,22 @@ impl Oracle {
         }
     }
 
+    /// Another master goes on with an older memory: of the slots it knows what it will see.
+    pub(crate) fn adopted(&mut self, mut protocol: Protocol, groups: impl Iterator<Item = GroupId>) {
+        protocol.adopted();
+        if self.protocol.is_stopping() && !protocol.is_stopping() {
+            self.refusing.extend(self.steered.keys());
+        }
+        self.protocol = protocol;
+        self.deadline_handled = false;
+        if self.engine == Engine::Cbpf {
+            self.disturbed.extend(groups.map(|group| (group, false)));
+        }
+    }
+
     /// A program was put in force.
     pub(crate) fn steered(&mut self, group: GroupId, kernel: &Kernel, workers: &Workers) {
+        self.refusing.remove(&group);
         if self.unsure.contains(&group) {
             return;
         }
@@ -215,7 +240,7 @@ impl Oracle {
         let promised = self.engine != Engine::None && self.protocol.promises(group);
         let (listener, hashed) = match choice {
             Choice::Refused => {
-                assert!(!promised, "connection {connection} to {group:?} was refused");
+                assert!(!promised || self.refusing.contains(&group), "connection {connection} to {group:?} was refused");
                 return;
             }
             Choice::Named(listener) => (listener, false),
@@ -381,7 +406,8 @@ impl Oracle {
         let is_dead = |worker: WorkerId| self.protocol.has_exited(worker) || !self.protocol.is_ready(worker);
         let dead = |l: &ListenerId| kernel.sockets[l].workers().all(is_dead);
         let is_its = |worker: WorkerId| {
-            self.is_steered_to(group, workers[&worker].generation) && self.protocol.is_serving(worker)
+            let of = workers[&worker].generation;
+            self.is_steered_to(group, of) && self.protocol.has_served(of) && self.protocol.is_serving(worker)
         };
         let serves = kernel.sockets.values().any(|socket| {
             socket.group == group && socket.stage == Stage::Listening && socket.workers().any(is_its)

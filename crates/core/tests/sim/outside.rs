@@ -59,6 +59,7 @@ impl World {
             idle_timeout: millis(50, 1000, rng),
             drain_timeout: millis(2000, 5000, rng),
             max_draining: u16::try_from(rng.between(1, 3)).unwrap_or(1),
+            watchdog: rng.permille(300).then(|| millis(300, 1500, rng)),
             backoff: millis(50, 200, rng),
             backoff_max: millis(400, 2000, rng),
             stable_after: millis(1000, 3000, rng),
@@ -94,9 +95,13 @@ impl World {
         if !self.faults {
             return;
         }
-        match self.rng.below(40) {
+        match self.rng.below(45) {
             0 => self.stop(StopMode::Graceful),
             1 => self.stop(StopMode::Fast),
+            40..=44 => {
+                let by = self.rng.permille(700).then(|| self.ticket());
+                self.tell(Event::Reexec { by });
+            }
             2..=19 => self.upgrade(Trigger::Signal),
             _ => self.upgrade(Trigger::Command),
         }

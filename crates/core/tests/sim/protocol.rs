@@ -40,6 +40,7 @@ struct Respawns {
     after: u64,
 }
 
+#[derive(Clone)]
 pub(crate) struct Protocol {
     engine: Engine,
     lives: BTreeMap<WorkerId, Life>,
@@ -84,6 +85,12 @@ impl Protocol {
         }
     }
 
+    /// Another master goes on with this memory: clients are gone, and the service manager has heard nothing of it.
+    pub(crate) fn adopted(&mut self) {
+        self.open_tickets.clear();
+        self.notices.clear();
+    }
+
     pub(crate) fn active(&self) -> Option<Generation> {
         self.active
     }
@@ -122,6 +129,11 @@ impl Protocol {
         self.lives
             .get(&worker)
             .is_some_and(|life| life.ready && life.exited.is_none() && life.stopped.is_none())
+    }
+
+    /// Nothing it could still say would be of use.
+    pub(crate) fn is_over(&self, worker: WorkerId) -> bool {
+        self.lives.get(&worker).is_none_or(|l| l.ready || l.stopped.is_some() || l.exited.is_some())
     }
 
     pub(crate) fn has_exited(&self, worker: WorkerId) -> bool {
@@ -207,7 +219,7 @@ impl Protocol {
             Command::Listen { listener } => {
                 let socket = &kernel.sockets[listener];
                 assert!(
-                    holds(kernel, *listener) && socket.stage == Stage::Bound,
+                    holds(kernel, *listener) && (socket.stage == Stage::Bound || kernel.is_adopted),
                     "{command:?} of {socket:?}"
                 );
             }
@@ -238,6 +250,12 @@ impl Protocol {
             | Command::Owns { .. }
             | Command::Observe { .. }
             | Command::Count { .. }
+            | Command::ReplyReexec { .. }
+            | Command::Save
+            | Command::Preflight
+            | Command::EndPreflight
+            | Command::Reexec
+            | Command::StartKeeper
             | Command::Report(_) => {}
         }
     }
@@ -358,7 +376,7 @@ impl Protocol {
     }
 
     fn notice(&mut self, notice: Notice) {
-        if matches!(notice, Notice::Extend(_)) {
+        if matches!(notice, Notice::Extend(_) | Notice::Alive) {
             return;
         }
         let last = self.notices.last().copied();
@@ -366,7 +384,7 @@ impl Protocol {
             Notice::Ready => matches!(last, None | Some(Notice::Reloading)),
             Notice::Reloading => last == Some(Notice::Ready),
             Notice::Stopping => last != Some(Notice::Stopping),
-            Notice::Extend(_) => true,
+            Notice::Extend(_) | Notice::Alive => true,
         };
         assert!(legal, "{notice:?} after {:?}", self.notices);
         self.notices.push(notice);

@@ -33,6 +33,8 @@ pub(crate) struct Temper {
     pub(crate) wrong: Option<Wrong>,
     pub(crate) crash: Option<u64>,
     pub(crate) closes: Option<u64>,
+    /// If it has a watchdog.
+    pub(crate) hangs: Option<u64>,
     pub(crate) stop: StopHow,
     /// It forks a child that inherits its listeners; `true`: one that TERM does not impress.
     pub(crate) child: Option<bool>,
@@ -59,6 +61,7 @@ impl Temper {
             wrong: None,
             crash: None,
             closes: None,
+            hangs: None,
             stop: StopHow::Orderly,
             child: rng.permille(100).then_some(false),
             accept,
@@ -67,7 +70,7 @@ impl Temper {
             sockets: if !handover && rng.permille(100) { 2 } else { 1 },
         };
         if rng.permille(bad) {
-            match rng.below(11) {
+            match rng.below(12) {
                 0 => temper.announces = 0,
                 1 => temper.announces = 2,
                 2 => temper.wrong = Some([Wrong::Missing, Wrong::Address, Wrong::NoReuseport][rng.index(3)]),
@@ -78,6 +81,7 @@ impl Temper {
                 7 => temper.stop = [StopHow::Ignores, StopHow::Hangs][rng.index(2)],
                 8 => temper.child = Some(true),
                 9 => temper.healthy = false,
+                10 => temper.hangs = Some(rng.between(50, 4000) * MS),
                 _ => {
                     temper.takes = false;
                     temper.start = rng.between(100, 6000) * MS;

@@ -16,6 +16,10 @@ pub(crate) enum Act {
     Listen(ListenerId),
     Announce,
     Extend,
+    /// A sign of life.
+    Feed,
+    /// It hangs from here on.
+    Mute,
     Crash,
     CloseUnasked,
     Take(ListenerId),
@@ -37,9 +41,15 @@ pub(crate) struct Worker {
     /// Another process of its group lives.
     pub(crate) child: bool,
     pub(crate) reaped: bool,
+    /// The master was told of its end.
+    pub(crate) told: bool,
+    /// It is no child of the present master.
+    pub(crate) adopted: bool,
+    /// It hangs since then.
+    pub(crate) mute: Option<u64>,
     pub(crate) serves: bool,
     /// Told to stop.
-    stops: bool,
+    pub(crate) stops: bool,
     pub(crate) drained: bool,
     /// It closed its listeners although nobody asked.
     pub(crate) deserted: bool,
@@ -74,6 +84,9 @@ impl World {
             runs: true,
             child: false,
             reaped: false,
+            told: false,
+            adopted: false,
+            mute: None,
             serves: false,
             stops: false,
             drained: false,
@@ -85,6 +98,7 @@ impl World {
         };
         self.workers.insert(id, worker);
         self.pass_seat(id);
+        self.plan_signs(id);
         self.later(temper.start, Happening::Act(id, Act::Bind));
         for (when, act) in [(temper.crash, Act::Crash), (temper.closes, Act::CloseUnasked)] {
             if let Some(delay) = when {
@@ -104,6 +118,9 @@ impl World {
                 let _ = self.kernel.listen(listener);
             }
             Act::Announce => self.announce(id),
+            Act::Feed => self.give_sign(id),
+            Act::Mute if self.faults => self.hang(id),
+            Act::Mute => {}
             Act::Extend => self.say(id, Event::Extended { worker: id, by: Duration::from_millis(500) }),
             Act::Crash if self.faults => {
                 let how = [Exit::Code(1), Exit::Code(0), Exit::Signal(9)][self.rng.index(3)];
@@ -199,7 +216,7 @@ impl World {
     }
 
     /// A message to the master: it arrives a little later, and in order.
-    fn say(&mut self, id: WorkerId, event: Event) {
+    pub(crate) fn say(&mut self, id: WorkerId, event: Event) {
         let at = (self.now + self.rng.below(3 * MS)).max(self.workers[&id].said);
         self.set(id, |w| w.said = at);
         self.at(at, Happening::Deliver(Box::new(event)));
@@ -260,7 +277,7 @@ impl World {
     pub(crate) fn plan_accept(&mut self, id: WorkerId) {
         let delay = self.rng.below(self.workers[&id].temper.accept + 1);
         let worker = &self.workers[&id];
-        if worker.runs && !worker.accept_planned && (worker.serves || !worker.temper.handover) {
+        if worker.runs && worker.mute.is_none() && !worker.accept_planned && (worker.serves || !worker.temper.handover) {
             self.set(id, |w| w.accept_planned = true);
             self.later(delay, Happening::Accept(id));
         }
@@ -270,7 +287,7 @@ impl World {
     pub(crate) fn accept(&mut self, id: WorkerId) {
         self.set(id, |w| w.accept_planned = false);
         let Some(worker) = self.workers.get(&id) else { return };
-        if !worker.runs {
+        if !worker.runs || worker.mute.is_some() {
             return;
         }
         let mine: Vec<ListenerId> = worker

@@ -3,13 +3,16 @@
 use crate::kernel::{Holder, Kernel, Program, Stage};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
+use crate::death::{Saved, sender};
+use crate::twin::Twin;
+use crate::upkeep::Upkeep;
 use crate::temper::Temper;
 use crate::workers::{Act, Worker};
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time,
     WorkerId,
 };
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A millisecond in nanoseconds.
 pub(crate) const MS: u64 = 1_000_000;
@@ -34,6 +37,10 @@ pub(crate) enum Happening {
     Operator,
     /// A process of somebody else binds the port, or leaves it.
     Stranger,
+    /// The next master takes the place of one that was killed.
+    Restart,
+    /// The keeper ends.
+    KeeperEnds,
 }
 
 pub(crate) struct World {
@@ -64,11 +71,22 @@ pub(crate) struct World {
     pub(crate) strangers: Vec<ListenerId>,
     pub(crate) tickets: u32,
     pub(crate) verbose: bool,
+    /// The master is killed so many times in ten thousand steps.
+    pub(crate) mortality: u64,
+    /// Nobody is there to handle anything.
+    pub(crate) dead: bool,
+    /// What the keeper has.
+    pub(crate) saved: Option<Saved>,
+    /// The image before the last re-exec, which would have gone on in the same way.
+    pub(crate) twin: Option<Twin>,
+    pub(crate) upkeep: Upkeep,
+    /// Asked whether they accept, and not answered yet.
+    pub(crate) proving: BTreeSet<WorkerId>,
     /// The master is not scheduled before.
-    stalled: u64,
-    agenda: BTreeMap<(u64, u64), Happening>,
+    pub(crate) stalled: u64,
+    pub(crate) agenda: BTreeMap<(u64, u64), Happening>,
     sequence: u64,
-    inbox: VecDeque<Event>,
+    pub(crate) inbox: VecDeque<Event>,
 }
 
 impl World {
@@ -96,6 +114,12 @@ impl World {
             strangers: Vec::new(),
             tickets: 0,
             verbose,
+            mortality: 0,
+            dead: false,
+            saved: None,
+            twin: None,
+            upkeep: Upkeep::default(),
+            proving: BTreeSet::new(),
             stalled: 0,
             agenda: BTreeMap::new(),
             sequence: 0,
@@ -120,7 +144,8 @@ impl World {
 
     /// The next thing, whichever it is; `false` when nothing will ever happen again.
     pub(crate) fn step(&mut self) -> bool {
-        let due = self.master.next_deadline().map(|due| due.0.max(self.stalled).max(self.now));
+        let due = self.master.next_deadline().filter(|_| !self.dead);
+        let due = due.map(|due| due.0.max(self.stalled).max(self.now));
         let next = self.agenda.first_key_value().map(|(key, _)| *key);
         match (due, next) {
             (None, None) => return false,
@@ -141,12 +166,18 @@ impl World {
             (Some(_), None) => {}
         }
         self.settle_accounts();
+        if self.dies() {
+            self.crash();
+        }
         true
     }
 
     fn happen(&mut self, happening: Happening) {
         if self.now < self.stalled
-            && matches!(happening, Happening::Deliver(_) | Happening::Ended(..) | Happening::Operator)
+            && matches!(
+                happening,
+                Happening::Deliver(_) | Happening::Ended(..) | Happening::Operator | Happening::KeeperEnds
+            )
         {
             self.at(self.stalled, happening);
             return;
@@ -161,17 +192,19 @@ impl World {
                 self.act(worker, act);
             }
             Happening::Deliver(event) => self.deliver(*event),
-            Happening::Ended(worker, how) => {
-                let remains = self.workers[&worker].child;
-                self.tell(Event::Exited { worker, how, remains });
-            }
+            Happening::Ended(worker, how) => self.tell_end(worker, how),
             Happening::Operator => self.next_operation(),
             Happening::Stranger => self.next_stranger(),
+            Happening::Restart => self.restart(),
+            Happening::KeeperEnds => self.end_keeper(),
         }
     }
 
     /// A message of a worker that was reaped meanwhile is lost with its channel.
     fn deliver(&mut self, event: Event) {
+        if let Event::Proved { worker, .. } = &event {
+            self.proving.remove(worker);
+        }
         if let Event::Ready { worker, listeners } = &event {
             let lost = self.workers[worker].reaped;
             for (_, listener) in listeners {
@@ -181,31 +214,30 @@ impl World {
                 self.kernel.close(*listener, Holder::Flight, &mut self.rng);
             }
         }
-        let from = match &event {
-            Event::Ready { worker, .. }
-            | Event::Notified { worker }
-            | Event::Extended { worker, .. }
-            | Event::Drained { worker } => Some(*worker),
-            _ => None,
-        };
-        if from.is_none_or(|worker| !self.workers[&worker].reaped) {
+        if sender(&event).is_none_or(|worker| !self.workers[&worker].reaped) {
             self.tell(event);
         }
     }
 
     /// Hands the core an event and carries out all that follows, as the shell does.
     pub(crate) fn tell(&mut self, event: Event) {
+        if self.dead {
+            return;
+        }
         self.inbox.push_back(event);
-        while let Some(event) = self.inbox.pop_front() {
+        while let Some(event) = self.next_event() {
             self.trace(format_args!("{event:?}"));
             self.oracle.event(&event, self.now);
-            self.master.handle(event, Time(self.now));
-            self.master.check();
-            while let Some(command) = self.master.next_command() {
+            self.upkeep.event(&event, self.now);
+            for command in self.handle(event) {
                 self.trace(format_args!("    -> {command:?}"));
                 self.oracle.command(&command, self.now, &self.kernel, &self.workers);
+                self.upkeep.command(&command, self.now);
                 self.perform(command);
                 self.settle_accounts();
+                if self.dies() {
+                    return self.crash();
+                }
                 // The kernel does not wait for the master: packets arrive between any two commands.
                 if self.clients && self.rng.permille(200) {
                     self.connect();
@@ -216,8 +248,26 @@ impl World {
         self.oracle.settled(self.now, self.master.next_deadline(), &self.kernel, &self.workers);
     }
 
+    /// The next one, or what is only done when there is none.
+    fn next_event(&mut self) -> Option<Event> {
+        if self.inbox.is_empty() && self.oracle.protocol.exit.is_none() {
+            self.rest_between_turns();
+        }
+        self.inbox.pop_front()
+    }
+
+    /// Hands the core an event.
+    fn handle(&mut self, event: Event) -> Vec<Command> {
+        self.turn_twin(&event);
+        self.master.handle(event, Time(self.now));
+        self.master.check();
+        let commands: Vec<Command> = std::iter::from_fn(|| self.master.next_command()).collect();
+        self.compare_twin(&commands);
+        commands
+    }
+
     /// Losses are judged as soon as they happen, and whoever was woken wakes.
-    fn settle_accounts(&mut self) {
+    pub(crate) fn settle_accounts(&mut self) {
         self.wake();
         for group in std::mem::take(&mut self.kernel.left) {
             self.oracle.left(group);
@@ -227,7 +277,7 @@ impl World {
         }
     }
 
-    fn answer(&mut self, event: Event) {
+    pub(crate) fn answer(&mut self, event: Event) {
         self.inbox.push_back(event);
     }
 
@@ -262,8 +312,14 @@ impl World {
                 Order::Take(listener) => self.told_to_take(worker, listener),
             },
             Command::Prove { worker } => {
-                let verdict = self.prove(worker);
-                self.answer(Event::Proved { worker, verdict });
+                let event = Event::Proved { worker, verdict: self.prove(worker) };
+                if self.rng.permille(300) {
+                    self.proving.insert(worker);
+                    let takes = self.rng.below(20 * MS);
+                    self.later(takes, Happening::Deliver(Box::new(event)));
+                } else {
+                    self.answer(event);
+                }
             }
             Command::CheckRemains { worker } => {
                 let left = self.workers[&worker].child;
@@ -287,12 +343,23 @@ impl World {
             Command::Report(report) => {
                 let latest = self.plan.as_ref();
                 self.oracle.report(&report, self.now, &mut self.plans, latest, &self.kernel, &self.workers);
+                self.judge_stuck(&report);
             }
             Command::Bind { group, worker, seat, .. } => {
                 let result = self.bind_seat(group, seat);
                 self.answer(Event::Bound { group, worker, result });
             }
-            Command::Notify(_) | Command::Reply { .. } | Command::Exit { .. } => {}
+            Command::Notify(_)
+            | Command::Reply { .. }
+            | Command::ReplyReexec { .. }
+            | Command::Exit { .. } => {}
+            Command::Save
+            | Command::Preflight
+            | Command::EndPreflight
+            | Command::Reexec
+            | Command::StartKeeper => {
+                self.perform_for_itself(&command);
+            }
         }
     }
 
@@ -329,6 +396,10 @@ impl World {
                     self.kernel.shutdown(listener, &mut self.rng);
                 }
                 self.kernel.close(listener, Holder::Master, &mut self.rng);
+                let socket = &self.kernel.sockets[&listener];
+                if self.oracle.unwanted.remove(&listener) && socket.stage == Stage::Gone {
+                    self.kernel.left.insert(socket.group);
+                }
             }
             Command::Observe { group } => {
                 let view = self.kernel.observe(group);

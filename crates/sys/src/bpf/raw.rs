@@ -41,6 +41,14 @@ pub enum BpfError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A map could not be examined.
+    #[error("cannot examine the BPF map {map:?}: {source}")]
+    Examine {
+        /// The map's name.
+        map: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The program could not be attached to the listener's group.
     #[error("cannot attach the steering program to the listener's group: {0}")]
     Attach(#[source] io::Error),
@@ -56,6 +64,7 @@ impl BpfError {
         match self {
             BpfError::CreateMap { source, .. }
             | BpfError::Load { source, .. }
+            | BpfError::Examine { source, .. }
             | BpfError::Entry { source, .. } => source.raw_os_error(),
             BpfError::Attach(source) => source.raw_os_error(),
             BpfError::Assemble(_) | BpfError::Invalid(_) => None,
@@ -66,7 +75,9 @@ impl BpfError {
 fn remedy(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
         Some(libc::EPERM) => {
-            " (the ebpf engine needs CAP_BPF: AmbientCapabilities=CAP_BPF in the unit, or steering.engine = \"cbpf\")"
+            " (the ebpf engine needs CAP_BPF, and a seccomp filter that lets bpf(2) through: podman and docker have \
+             --cap-add and --security-opt seccomp=, a unit AmbientCapabilities= and SystemCallFilter=; or \
+             steering.engine = \"cbpf\")"
         }
         Some(libc::ENOSYS) => " (this kernel has no bpf(2): use steering.engine = \"cbpf\")",
         _ => "",
@@ -90,6 +101,7 @@ const BPF_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_PROG_LOAD: i32 = 5;
+const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_BTF_LOAD: i32 = 18;
 const BPF_PROG_TYPE_SK_REUSEPORT: u32 = 21;
 const BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: u32 = 40;
@@ -152,6 +164,26 @@ struct TypesAttr {
     log_size: u32,
     log_level: u32,
     log_true_size: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttr {
+    fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The beginning of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    map_type: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
 }
 
 /// Calls `bpf(2)`.
@@ -224,6 +256,16 @@ pub(super) fn lookup(map: BorrowedFd<'_>, key: u32, value: &mut [u8]) -> io::Res
     };
     // SAFETY: as in `update`; the kernel writes exactly the map's value size.
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) }.map(drop)
+}
+
+/// Entries a map has room for.
+pub(super) fn capacity(map: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut info = MapInfo::default();
+    let info_len = u32::try_from(size_of::<MapInfo>()).map_err(io::Error::other)?;
+    let mut attr = InfoAttr { fd: raw(map), info_len, info: std::ptr::from_mut(&mut info) as u64 };
+    // SAFETY: the kernel writes at most `info_len` bytes into `info`, which lives across the call.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info.max_entries)
 }
 
 /// Removes one entry.

@@ -1,5 +1,6 @@
 //! One listener address under the `ebpf` engine: its maps, its program, and the one word that switches it.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -135,14 +136,50 @@ impl EbpfGroup {
     }
 
     /// Makes a listener choosable under `key`, in place of whatever was there. The listener must already
-    /// listen, and can be in one array only.
+    /// listen, and can be in one array only. One that is in this array already is fine: from another key it is moved,
+    /// and for a moment no key has it.
     ///
     /// # Errors
-    /// EINVAL when the socket doesn't listen with SO_REUSEPORT, EBUSY when it is in another array (or under
-    /// another key), E2BIG when the key is beyond the capacity.
+    /// EINVAL when the socket doesn't listen with SO_REUSEPORT, EBUSY when it is in another group's array, E2BIG when
+    /// the key is beyond the capacity.
     pub fn admit(&self, key: u32, listener: BorrowedFd<'_>) -> Result<(), BpfError> {
         let value = i64::from(listener.as_raw_fd()).to_ne_bytes();
-        raw::update(self.sockets.as_fd(), key, &value).map_err(entry("sockets", "write", key))
+        let write = || raw::update(self.sockets.as_fd(), key, &value).map_err(entry("sockets", "write", key));
+        match write() {
+            Err(error) if error.errno() == Some(libc::EBUSY) => match self.key_of(listener)? {
+                Some(at) if at == key => Ok(()),
+                Some(at) => self.remove(at).and_then(|()| write()),
+                None => Err(error),
+            },
+            result => result,
+        }
+    }
+
+    /// The key a listener is under. Looks at every key, which takes some milliseconds.
+    fn key_of(&self, listener: BorrowedFd<'_>) -> Result<Option<u32>, BpfError> {
+        let cookie = socket::cookie(listener).map_err(|source| {
+            BpfError::Invalid(format!("cannot tell which socket a listener is: {source}"))
+        })?;
+        for key in self.keys()? {
+            if self.cookie_at(key)? == Some(cookie) {
+                return Ok(Some(key));
+            }
+        }
+        Ok(None)
+    }
+
+    fn keys(&self) -> Result<std::ops::Range<u32>, BpfError> {
+        let examined = raw::capacity(self.sockets.as_fd());
+        examined.map(|end| 0..end).map_err(|source| BpfError::Examine { map: "sockets", source })
+    }
+
+    /// Empties every key but these: after a crash nobody may know any more what was put there. Takes some
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// When the map can't be read or written.
+    pub fn retain_keys(&self, keys: &BTreeSet<u32>) -> Result<(), BpfError> {
+        self.keys()?.filter(|key| !keys.contains(key)).try_for_each(|key| self.remove(key))
     }
 
     /// Makes the listener under `key` unchoosable; an empty key is fine, the kernel empties it when the

@@ -7,8 +7,10 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests themselves")]
 
 mod handover;
+mod image;
 mod overlap;
 mod process;
 mod slots;
 mod steering;
+mod strangers;
 mod world;

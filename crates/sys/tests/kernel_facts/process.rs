@@ -17,24 +17,25 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::world::*;
 
-const SHELL: &str = "/bin/sh";
+pub(crate) const SHELL: &str = "/bin/sh";
 
-fn strings(strings: &[&str]) -> Vec<CString> {
+pub(crate) fn strings(strings: &[&str]) -> Vec<CString> {
     strings.iter().map(|&string| CString::new(string).unwrap()).collect()
 }
 
 /// Surroundings besides standard input, output and error.
 #[derive(Default)]
-struct Around<'a> {
-    fds: Vec<(BorrowedFd<'a>, i32)>,
-    umask: Option<u32>,
-    directory: Option<&'a CStr>,
-    limits: Vec<Limit>,
-    no_new_privileges: bool,
+pub(crate) struct Around<'a> {
+    pub(crate) fds: Vec<(BorrowedFd<'a>, i32)>,
+    pub(crate) umask: Option<u32>,
+    pub(crate) directory: Option<&'a CStr>,
+    pub(crate) limits: Vec<Limit>,
+    pub(crate) no_new_privileges: bool,
+    pub(crate) pid_variables: &'a [&'a str],
 }
 
 /// Starts a program with its output in a pipe.
-fn start(
+pub(crate) fn start(
     executable: &PinnedExecutable,
     arguments: &[&str],
     around: &Around<'_>,
@@ -45,7 +46,7 @@ fn start(
     let mut fds = vec![(null.as_fd(), 0), (writer.as_fd(), 1), (writer.as_fd(), 2)];
     fds.extend(&around.fds);
     let spec = SpawnSpec {
-        pid_variable: None,
+        pid_variables: around.pid_variables,
         executable,
         argv: &argv,
         envp: &envp,
@@ -60,7 +61,7 @@ fn start(
     spawn(&spec).map(|spawned| (spawned, File::from(reader)))
 }
 
-fn shell(script: &str) -> (Spawned, File) {
+pub(crate) fn shell(script: &str) -> (Spawned, File) {
     let sh = PinnedExecutable::open(Path::new(SHELL)).unwrap();
     start(&sh, &["sh", "-c", script], &Around::default()).unwrap()
 }
@@ -72,7 +73,7 @@ fn finish((spawned, mut output): (Spawned, File)) -> (String, Exit) {
     (text, wait_for_end(spawned.pidfd.as_fd()))
 }
 
-fn wait_for_end(pidfd: BorrowedFd<'_>) -> Exit {
+pub(crate) fn wait_for_end(pidfd: BorrowedFd<'_>) -> Exit {
     let mut polled = [PollFd::new(&pidfd, PollFlags::IN)];
     let limit = rustix::event::Timespec::try_from(DEADLINE).unwrap();
     assert_eq!(poll(&mut polled, Some(&limit)).unwrap(), 1, "the child did not end");
@@ -80,10 +81,10 @@ fn wait_for_end(pidfd: BorrowedFd<'_>) -> Exit {
 }
 
 /// A directory of this test's own, removed at the end.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(name: &str) -> Scratch {
+    pub(crate) fn new(name: &str) -> Scratch {
         let path = std::env::temp_dir().join(format!("reuseportd-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).unwrap();
@@ -91,7 +92,7 @@ impl Scratch {
     }
 
     /// Puts a file under the name, as installers do: a new inode, renamed over the old one.
-    fn install(&self, name: &str, content: &[u8]) -> PathBuf {
+    pub(crate) fn install(&self, name: &str, content: &[u8]) -> PathBuf {
         let (new, path) = (self.0.join("new"), self.0.join(name));
         fs::write(&new, content).unwrap();
         fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
@@ -109,7 +110,7 @@ impl Drop for Scratch {
 #[test]
 fn a_worker_gets_just_what_it_was_given() {
     with(&[], || {
-        let script = "cat /proc/self/stat | cut -d' ' -f5; echo $$; echo $COLOUR; pwd; umask; ulimit -n; ls /proc/$$/fd; \
+        let script = "cat /proc/self/stat | cut -d' ' -f5; echo $$; echo $LISTEN_PID; echo $WATCHDOG_PID; echo $COLOUR; pwd; umask; ulimit -n; ls /proc/$$/fd; \
                   exec cat /proc/self/status";
         let sh = PinnedExecutable::open(Path::new(SHELL)).unwrap();
         let inherited = fs::File::open("/dev/null").unwrap();
@@ -121,14 +122,15 @@ fn a_worker_gets_just_what_it_was_given() {
             directory: Some(c"/tmp"),
             limits: vec![Limit { resource: libc::RLIMIT_NOFILE, soft: 123, hard: 456 }],
             no_new_privileges: true,
+            pid_variables: &["LISTEN_PID", "WATCHDOG_PID"],
         };
         let child = start(&sh, &["sh", "-c", script], &around).unwrap();
         let pid = child.0.pid.to_string();
         let (text, exit) = finish(child);
         assert_eq!(exit, Exit::Code(0), "{text}");
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[..6], [&pid, &pid, "blue", "/tmp", "0027", "123"], "{text}");
-        assert_eq!(lines[6..11], ["0", "1", "2", "3", "Name:\tcat"], "{text}");
+        assert_eq!(lines[..8], [&pid, &pid, &pid, &pid, "blue", "/tmp", "0027", "123"], "{text}");
+        assert_eq!(lines[8..13], ["0", "1", "2", "3", "Name:\tcat"], "{text}");
         assert!(lines.contains(&"NoNewPrivs:\t1"), "{text}");
         assert!(!lines.contains(&inherited.as_raw_fd().to_string().as_str()), "{text}");
     });

@@ -1,5 +1,6 @@
 //! The `ebpf` engine on the real kernel.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::TcpListener;
 use std::time::Instant;
@@ -274,6 +275,73 @@ fn steering_outlives_its_descriptors_and_can_be_taken_over() {
         let second = EbpfGroup::new(16).unwrap();
         let busy = second.admit(0, fd(&listeners[0])).unwrap_err();
         assert_eq!(busy.errno(), Some(libc::EBUSY), "{busy}");
+    });
+}
+
+#[test]
+fn a_group_whose_maps_are_lost_can_be_taken_over() {
+    with(&[Need::Bpf], || {
+        let (address, listeners) = group(V4, 3);
+        drop(steered(&listeners, 0..1));
+        let next = EbpfGroup::new(16).unwrap();
+        next.write_plan(0, &Plan { ranges: vec![range(4, 1, 0)] }).unwrap();
+        next.select(0).unwrap();
+        let is_busy = |result: Result<(), BpfError>| match result {
+            Ok(()) => false,
+            Err(error) => error.errno() == Some(libc::EBUSY) || panic!("{error}"),
+        };
+        assert!(is_busy(next.admit(4, fd(&listeners[0]))), "the attached program keeps the old array");
+        // Any member speaks for the group. From now on nobody is chosen by the old plan; the old array goes a while
+        // later, and until then the kernel's hash chooses.
+        let start = Instant::now();
+        next.attach(fd(&listeners[2])).unwrap();
+        let clients = connect_many(address, 30);
+        for (key, listener) in (4..).zip(&listeners) {
+            wait_until("the old array to go", || !is_busy(next.admit(key, fd(listener))));
+        }
+        let _ = writeln!(std::io::stderr(), "the old array was gone after {:?}", start.elapsed());
+        assert_eq!(spread(&listeners, 30).iter().sum::<usize>(), 30);
+        assert_eq!(listeners.iter().map(serve).sum::<usize>(), 30);
+        assert_eq!(fates(clients), (30, 0));
+        assert_eq!(try_spread(address, &listeners, 20), [20, 0, 0]);
+    });
+}
+
+#[test]
+fn a_listener_is_admitted_again_or_moved_to_another_key() {
+    with(&[Need::Bpf], || {
+        let (_, listeners) = group(V4, 2);
+        let steer = steered(&listeners, 0..1);
+        let cookie = |at: usize| Some(socket::cookie(fd(&listeners[at])).unwrap());
+        let at = |key| steer.cookie_at(key).unwrap();
+        let handle = listeners[0].try_clone().unwrap();
+        steer.admit(0, fd(&handle)).unwrap();
+        assert_eq!([at(0), at(1)], [cookie(0), cookie(1)]);
+        steer.admit(5, fd(&listeners[0])).unwrap();
+        assert_eq!([at(0), at(1), at(5)], [None, cookie(1), cookie(0)]);
+        // Over another one, which can then be put elsewhere.
+        steer.admit(1, fd(&listeners[0])).unwrap();
+        assert_eq!([at(0), at(1), at(5)], [None, cookie(0), None]);
+        steer.admit(8191, fd(&listeners[1])).unwrap();
+        steer.admit(0, fd(&listeners[1])).unwrap();
+        assert_eq!([at(0), at(1), at(8191)], [cookie(1), cookie(0), None]);
+        let elsewhere = EbpfGroup::new(16).unwrap();
+        assert_eq!(elsewhere.admit(0, fd(&listeners[0])).unwrap_err().errno(), Some(libc::EBUSY));
+    });
+}
+
+#[test]
+fn keys_that_nobody_knows_are_emptied() {
+    with(&[Need::Bpf], || {
+        let (address, listeners) = group(V4, 3);
+        let steer = steered(&listeners, 0..3);
+        steer.admit(8191, fd(&listening(address))).unwrap();
+        let start = Instant::now();
+        steer.retain_keys(&BTreeSet::from([1, 7])).unwrap();
+        let _ = writeln!(std::io::stderr(), "8192 keys looked at in {:?}", start.elapsed());
+        let is_there = |key| steer.cookie_at(key).unwrap().is_some();
+        assert_eq!([0, 1, 2, 8191].map(is_there), [false, true, false, false]);
+        assert_eq!(try_spread(address, &listeners, 20), [0, 20, 0]);
     });
 }
 

@@ -1,0 +1,134 @@
+//! A new master in the place of one that was killed: what it knows may be a little older than what is.
+
+use crate::command::{Reason, Report};
+use crate::event::Trigger;
+use crate::generation::{GenerationRecord, GenerationState};
+use crate::group::{InForce, Work};
+use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
+use crate::master::Master;
+use crate::plan::{Engine, Plan};
+use crate::timers::Timer;
+use crate::worker::{Worker, WorkerKind, WorkerState};
+use alloc::vec::Vec;
+
+/// "Bad file descriptor", said by the core itself of a socket that was let go of.
+const EBADF: i32 = 9;
+
+impl Master {
+    /// This memory was written down by a master that lived on for a while and was then killed. What it did after that
+    /// is done again: everything the kernel is told says what shall be, not what shall change.
+    pub(crate) fn on_adopted(&mut self, lost: &[ListenerId]) {
+        self.forget_callers();
+        for (id, group) in &mut self.groups {
+            group.work = Work::Idle;
+            // The program goes with the last listener.
+            let is_empty = !self.listeners.values().any(|listener| listener.group == *id);
+            group.in_force = if is_empty { InForce::Nothing } else { InForce::Unknown };
+            group.is_stale = true;
+            group.looks = 0;
+            group.looks_outdated = 0;
+            group.admitting = 0;
+            group.admit_failed = None;
+            group.anchoring = None;
+            self.timers.disarm(Timer::Group(*id));
+        }
+        for (generation, record) in &mut self.generations {
+            if let Some(retirement) = &mut record.retirement {
+                retirement.looking.clear();
+                self.timers.arm(Timer::Retire(*generation), self.now);
+            }
+        }
+        for id in lost {
+            self.handle_lost(*id);
+        }
+        // What is known is kept.
+        self.on_saved();
+        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
+        self.report(Report::Adopted(workers.len()));
+        // What they said meanwhile nobody heard.
+        for id in workers {
+            self.feed(id);
+            self.allow_ready(id);
+        }
+        self.announce();
+    }
+
+    /// The keys that listeners of a group are under, as this memory has it.
+    #[must_use]
+    pub fn keys(&self, group: GroupId) -> Vec<(u32, ListenerId)> {
+        let of_group = self.listeners.iter().filter(|(_, listener)| listener.group == group);
+        of_group.filter_map(|(id, listener)| Some((listener.key?, *id))).collect()
+    }
+
+    /// Processes that a master left behind of which only this is known. They serve, as one generation, until they are
+    /// upgraded away from.
+    pub(crate) fn on_orphans(
+        &mut self,
+        generation: Generation,
+        plan: Plan,
+        orphans: &[(WorkerId, Vec<(GroupId, ListenerId)>)],
+    ) {
+        self.generation_last = self.generation_last.max(generation.0);
+        self.open_groups(&plan.groups);
+        let mut record = GenerationRecord::new(plan);
+        record.state = GenerationState::Active;
+        for ((seat, place), (id, _)) in (0..).zip(&mut record.seats).zip(orphans) {
+            place.worker = Some(*id);
+            place.filled = self.now;
+            let mut worker = Worker::new(generation, Seat(seat), self.now);
+            worker.state = WorkerState::Serving;
+            worker.kind = Some(WorkerKind::Unmodified);
+            self.workers.insert(*id, worker);
+            self.worker_last = self.worker_last.max(id.0);
+        }
+        self.generations.insert(generation, record);
+        self.active = Some(generation);
+        for (id, listeners) in orphans {
+            self.adopt_listeners(*id, listeners, true);
+        }
+        self.aim(&[(generation, 1000)]);
+        self.report(Report::Launching(generation, Trigger::Orphans));
+        self.report(Report::Adopted(orphans.len()));
+        self.announce();
+    }
+
+    /// The service manager has started this master, and waits.
+    fn announce(&mut self) {
+        if self.active.is_some() && self.upgrade.is_none() {
+            self.notify(crate::command::Notice::Ready);
+        }
+    }
+
+    /// Clients went with the old master.
+    fn forget_callers(&mut self) {
+        let waiting = self.generations.values_mut().map(|record| &mut record.waiting);
+        waiting.chain(self.stopping.as_mut().map(|stopping| &mut stopping.waiting)).for_each(Vec::clear);
+        let wish = self.wish.as_mut().map(|wish| &mut wish.waiting);
+        let upgrade = self.upgrade.as_mut().map(|upgrade| &mut upgrade.waiting);
+        wish.into_iter().chain(upgrade).for_each(Vec::clear);
+        self.reexec = None;
+        self.timers.disarm(Timer::Preflight);
+    }
+
+    /// The old master had let go of it already: of a spare handle, or because the listener was to leave.
+    fn handle_lost(&mut self, id: ListenerId) {
+        let Some(listener) = self.listeners.get_mut(&id) else { return };
+        let (owner, listens) = (listener.worker, listener.listens);
+        listener.handle = false;
+        let worker = self.workers.get(&owner);
+        let is_spare = match self.engine {
+            Engine::Ebpf => !listener.of_seat && worker.is_some_and(|w| w.kind == Some(WorkerKind::Unmodified)),
+            Engine::Cbpf => false,
+            Engine::None => !listener.of_seat && worker.is_some() && listens,
+        };
+        if is_spare {
+            return;
+        }
+        let seat = worker.map(|worker| worker.seat);
+        self.forget_listener(id);
+        // What it has bound can't be listened on any more.
+        if let Some(seat) = seat.filter(|_| !listens) {
+            self.fail_worker(owner, Reason::ListenFailed(seat, owner, EBADF));
+        }
+    }
+}

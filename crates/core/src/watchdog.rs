@@ -1,0 +1,45 @@
+//! Signs of life: those of workers, and the master's own to the service manager.
+
+use crate::command::{Command, Notice, Reason, Report, Signal};
+use crate::id::WorkerId;
+use crate::master::Master;
+use crate::timers::Timer;
+use core::time::Duration;
+
+impl Master {
+    /// The worker lives until this long from now, if its generation has a watchdog and it was ready once.
+    pub(crate) fn feed(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        let plan = self.generations.get(&worker.generation).map(|record| &record.plan);
+        let timeout = plan.and_then(|plan| plan.watchdog);
+        if let Some(timeout) = timeout.filter(|_| !worker.state.is_starting() && !worker.state.is_ending()) {
+            self.timers.arm(Timer::Watchdog(id), self.now.after(timeout));
+        }
+    }
+
+    /// No sign of life, or the worker itself says that it is stuck. One that was told to end has its deadline anyway.
+    pub(crate) fn on_stuck(&mut self, id: WorkerId) {
+        self.timers.disarm(Timer::Watchdog(id));
+        let Some(worker) = self.workers.get(&id).filter(|worker| !worker.state.is_ending()) else { return };
+        let (generation, reason) = (worker.generation, Reason::Stuck(worker.seat, id));
+        if self.is_launching(generation) {
+            return self.fail_upgrade(reason);
+        }
+        self.report(Report::Replaced(id, reason));
+        self.push(Command::Signal { worker: id, signal: Signal::KillGroup });
+    }
+
+    /// The service manager wants a sign of life this often, or none at all.
+    pub(crate) fn on_supervised(&mut self, every: Option<Duration>) {
+        self.beat = every;
+        self.timers.disarm(Timer::Beat);
+        self.beat();
+    }
+
+    pub(crate) fn beat(&mut self) {
+        if let Some(every) = self.beat {
+            self.notify(Notice::Alive);
+            self.timers.arm(Timer::Beat, self.now.after(every));
+        }
+    }
+}

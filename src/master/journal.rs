@@ -1,0 +1,183 @@
+//! The journal: a small file that tells a next master which processes are ours, should the keeper be gone as well.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use reuseportd_sys::procfs;
+use serde::{Deserialize, Serialize};
+
+use super::Shell;
+use super::snapshot::Place;
+
+/// Of the journal's form. A newer one is refused.
+const VERSION: u32 = 1;
+/// 65,535 workers and a head fit.
+const BYTES_MAX: u64 = 16 << 20;
+
+/// The file.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Journal {
+    journal: u32,
+    /// The version of the master that wrote it.
+    by: String,
+    place: Place,
+    pub(super) workers: Vec<Entry>,
+}
+
+/// One worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    pub(super) pid: i32,
+    /// With the pid this names one process for good.
+    pub(super) start_time: u64,
+    pub(super) generation: u32,
+    pub(super) seat: u16,
+}
+
+/// Why a journal is not used. A newer one keeps the master from starting, anything else is as good as none.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum JournalError {
+    #[error(
+        "the journal {} was written by version {by}, whose form {version} this version ({own}) does not know: its workers \
+         serve on; start that version, or end them with its `stop --left-behind`", path.display(), own = env!("CARGO_PKG_VERSION")
+    )]
+    Newer { path: PathBuf, version: u32, by: String },
+    #[error("{0}")]
+    Useless(String),
+}
+
+impl Entry {
+    /// It is still the process that was written down.
+    pub(super) fn lives(&self) -> bool {
+        procfs::process(self.pid)
+            .is_ok_and(|process| process.start_time == self.start_time && !process.is_zombie)
+    }
+}
+
+/// Reads the journal. `None` if there is none.
+pub(super) fn read(path: &Path) -> Result<Option<Journal>, JournalError> {
+    #[derive(Deserialize)]
+    struct Form {
+        journal: u32,
+        by: String,
+    }
+    let useless = |what: String| JournalError::Useless(what);
+    let text = match read_own(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(|error| useless(error.to_string()))?,
+    };
+    let form: Form =
+        serde_json::from_slice(&text).map_err(|error| useless(format!("it is cut off or damaged: {error}")))?;
+    if form.journal > VERSION {
+        let (path, version, by) = (path.to_owned(), form.journal, form.by);
+        return Err(JournalError::Newer { path, version, by });
+    }
+    let journal: Journal =
+        serde_json::from_slice(&text).map_err(|error| useless(format!("it is damaged: {error}")))?;
+    journal.place.check().map_err(|error| useless(error.to_string()))?;
+    Ok(Some(journal))
+}
+
+/// Only what this user, or root, wrote is believed.
+fn read_own(path: &Path) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
+        return Err(io::Error::other("it is no plain file of this user"));
+    }
+    let mut text = Vec::new();
+    file.take(BYTES_MAX).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+impl Shell {
+    /// Writes the journal if other processes are ours than it says.
+    pub(super) fn write_journal(&mut self) -> io::Result<()> {
+        let workers: Vec<Entry> = self
+            .processes
+            .values()
+            .map(|process| Entry {
+                pid: process.pid,
+                start_time: process.start_time,
+                generation: process.generation.0,
+                seat: process.seat.0,
+            })
+            .collect();
+        if self.journalled.as_ref() == Some(&workers) {
+            return Ok(());
+        }
+        let by = env!("CARGO_PKG_VERSION").to_owned();
+        let journal = Journal { journal: VERSION, by, place: Place::here()?, workers };
+        replace(&self.runtime.journal_path(), &serde_json::to_vec(&journal)?)?;
+        self.journalled = Some(journal.workers);
+        Ok(())
+    }
+}
+
+/// Puts the whole file in the place of the old one, or changes nothing.
+fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let flags = nix::libc::O_NOFOLLOW;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&new)?;
+    file.write_all(text).and_then(|()| fs::rename(&new, path)).inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn journal() -> Journal {
+        let workers = vec![Entry { pid: 1, start_time: 2, generation: 3, seat: 4 }];
+        Journal { journal: VERSION, by: "0.0.1".into(), place: Place::here().unwrap(), workers }
+    }
+
+    #[test]
+    fn only_a_whole_journal_of_this_place_is_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        assert!(read(&path).unwrap().is_none());
+        let text = serde_json::to_vec(&journal()).unwrap();
+        replace(&path, &text).unwrap();
+        assert_eq!(read(&path).unwrap(), Some(journal()));
+        for length in 0..text.len() {
+            replace(&path, &text[..length]).unwrap();
+            assert!(matches!(read(&path), Err(JournalError::Useless(_))), "cut off after {length} bytes");
+        }
+        let text = String::from_utf8(text).unwrap();
+        let boot = reuseportd_sys::namespace::boot_id().unwrap();
+        let network = reuseportd_sys::namespace::network().unwrap().to_string();
+        for (from, to, why) in [
+            (boot.as_str(), "another", "before the last boot"),
+            (network.as_str(), "1", "in another network namespace"),
+        ] {
+            replace(&path, text.replace(from, to).as_bytes()).unwrap();
+            let refused = read(&path).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+        let newer = text.replace("\"journal\":1", "\"journal\":2").replace("\"workers\"", "\"unheard_of\"");
+        replace(&path, newer.as_bytes()).unwrap();
+        let refused = read(&path).unwrap_err();
+        assert!(matches!(&refused, JournalError::Newer { version: 2, .. }), "{refused}");
+    }
+
+    #[test]
+    fn what_others_may_have_put_there_is_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("journal"), directory.path().join("other"));
+        fs::write(&other, serde_json::to_vec(&journal()).unwrap()).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(matches!(read(&path), Err(JournalError::Useless(_))));
+        replace(&path, b"{}").unwrap();
+        assert!(fs::read(&other).unwrap().len() > 2, "the link was followed");
+    }
+}

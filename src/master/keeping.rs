@@ -1,0 +1,134 @@
+//! What the next master will need is put where it outlives this one: state and descriptors with the keeper, the
+//! workers' pids in the journal.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
+
+use reuseportd_core::{Event, ListenerId, Time};
+use reuseportd_sys::memfd;
+
+use super::carried::Carried;
+use super::{Shell, clock};
+use crate::keeper::Keeper;
+
+/// Saving takes at most one part in so many of the time.
+const SHARE: u32 = 20;
+
+/// When the state was, and will be, saved.
+#[derive(Debug, Default)]
+pub(super) struct Saving {
+    /// Something happened since the last time.
+    pub(super) is_due: bool,
+    /// The core waits for it.
+    pub(super) is_asked_for: bool,
+    /// Not before.
+    after: Time,
+    has_failed: bool,
+}
+
+impl Saving {
+    /// When the loop has to wake up for it.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        self.is_due.then_some(self.after)
+    }
+}
+
+impl Shell {
+    /// Saves the state if anything happened since it was saved last.
+    pub(super) fn save_if_due(&mut self) {
+        if self.saving.is_due && clock::now() >= self.saving.after {
+            self.save_now();
+        }
+    }
+
+    /// Saves it whatever it costs.
+    pub(super) fn save_now(&mut self) {
+        let began = clock::now();
+        self.saving.is_due = false;
+        let saved = self.save();
+        let ended = clock::now();
+        self.saving.after = ended.after(ended.since(began) * SHARE);
+        match saved {
+            Ok(()) => self.saving.has_failed = false,
+            Err(error) => {
+                if !self.saving.has_failed {
+                    tracing::error!(event = "not_saved", %error, "cannot save the state for a next master: {error}");
+                }
+                self.saving.has_failed = true;
+                self.saving.is_due = true;
+            }
+        }
+    }
+
+    fn save(&mut self) -> io::Result<()> {
+        // As the first process of its namespace the master takes everything with it.
+        if is_first_process() {
+            return Ok(());
+        }
+        self.write_journal()?;
+        let Some(keeper) = &self.keeper else { return Ok(()) };
+        let there: BTreeSet<String> = keeper.held().clone();
+        let written = self.state_for_keeper(there).map_err(io::Error::other)?;
+        let state = memfd::sealed("reuseportd-state", &written.text)?;
+        let Some(keeper) = &mut self.keeper else { return Ok(()) };
+        let new: Vec<_> = written.fds.iter().map(|(name, fd)| (name.clone(), fd.as_fd())).collect();
+        let kept = keeper.update(&written.names, &new).and_then(|()| keeper.save(state.as_fd()));
+        match kept {
+            // All is with the new one: what an earlier one holds is not needed any more.
+            Ok(()) => self.former.take().into_iter().for_each(Keeper::dismiss),
+            Err(_) => self.lose_keeper(),
+        }
+        kept
+    }
+
+    /// Starts a keeper; it is filled at the end of the turn.
+    pub(super) fn start_keeper(&mut self) {
+        match Keeper::start(&self.runtime.keeper_path(), &self.config.app.name) {
+            Ok(keeper) => {
+                tracing::debug!(event = "keeper_started", pid = keeper.pid(), "a keeper holds the descriptors");
+                self.keeper = Some(Carried::new(keeper));
+                self.saving.is_due = true;
+            }
+            Err(error) => {
+                tracing::error!(event = "no_keeper", %error, "cannot start a keeper: {error}; if the master is killed now, its workers are replaced");
+                self.inbox.push_back(Event::KeeperMissing);
+            }
+        }
+    }
+
+    /// Something came from the keeper: that is its end.
+    pub(super) fn keeper_ended(&mut self) {
+        if self.keeper.as_mut().is_some_and(|keeper| !keeper.is_alive()) {
+            tracing::warn!(event = "keeper_ended", "the keeper has ended: it is replaced");
+            self.lose_keeper();
+        }
+    }
+
+    fn lose_keeper(&mut self) {
+        if let Some(keeper) = self.keeper.take().map(Carried::into_inner) {
+            keeper.end();
+            self.inbox.push_back(Event::KeeperMissing);
+        }
+    }
+
+    /// Before the master lets go of a listener its duplicates are closed: as long as anybody holds it, it stays in its
+    /// group.
+    pub(super) fn release_kept(&mut self, listener: ListenerId) {
+        let names: Vec<String> = self.listeners.handle_names(listener);
+        for name in names {
+            if self.former.as_mut().is_some_and(|keeper| keeper.release(&name).is_err()) {
+                self.former.take().into_iter().for_each(Keeper::end);
+            }
+            if self.keeper.as_mut().is_some_and(|keeper| keeper.release(&name).is_err()) {
+                tracing::warn!(event = "keeper_silent", "the keeper does not answer: it is replaced");
+                self.lose_keeper();
+            }
+        }
+    }
+}
+
+/// PID 1 of a container: nothing outlives it.
+pub(super) fn is_first_process() -> bool {
+    std::process::id() == 1
+}
