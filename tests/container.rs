@@ -16,7 +16,7 @@ use crate::support::app::{App, test_worker};
 use crate::support::container::{Around, Container, FirstProcess, podman_done, run};
 use crate::support::load::{Load, slow_accepts};
 use crate::support::master::{Master, REUSEPORTD};
-use crate::support::process::{Running, kill, processes_of};
+use crate::support::process::{Running, kill, processes_of, wait_gone};
 use crate::support::world::{World, example, repository, world};
 use crate::support::{PATIENCE, rounds};
 
@@ -182,6 +182,35 @@ fn signals_have_their_meaning_in_an_engine() {
     signals_have_their_meaning(Around::Engine);
 }
 
+/// Everything in the namespace dies with PID 1. What it has left in a directory that outlives it is nobody's.
+fn a_killed_one_starts_again(around: Around) {
+    world(around.needs(), |world| {
+        let app = App::test_worker(world, "--mode sdk");
+        let killed = around.start(world, &app);
+        let workers = processes_of(&world.app);
+        kill([killed.pid]);
+        workers.iter().for_each(|worker| wait_gone(worker.pid, PATIENCE));
+        assert!(world.path("run").exists());
+        let mut first = around.start(world, &app);
+        let status = first.master.status();
+        assert!(!status.master.adopted && status.active_generation == Some(1), "{status:#?}");
+        first.master.upgrade();
+        first.master.signal(Signal::TERM);
+        assert_eq!(first.master.wait_end(PATIENCE), Some(0), "{}", first.master.log());
+        assert_eq!(processes_of(&world.app), []);
+    });
+}
+
+#[test]
+fn a_killed_one_starts_again_in_namespaces() {
+    a_killed_one_starts_again(Around::Namespaces);
+}
+
+#[test]
+fn a_killed_one_starts_again_in_an_engine() {
+    a_killed_one_starts_again(Around::Engine);
+}
+
 fn a_reexec_stays_pid_1(around: Around) {
     world(around.needs(), |world| {
         let app = with_orphans(world);
@@ -316,7 +345,11 @@ fn without_getfd(world: &World) -> String {
     for names in rules.iter_mut().map(|rule| rule["names"].as_array_mut().unwrap()) {
         names.retain(|name| name != "pidfd_getfd");
     }
-    rules.push(serde_json::json!({ "names": ["pidfd_getfd"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1 }));
+    let caps = serde_json::json!({ "caps": ["CAP_SYS_PTRACE"] });
+    rules.extend([
+        serde_json::json!({ "names": ["pidfd_getfd"], "action": "SCMP_ACT_ALLOW", "includes": caps }),
+        serde_json::json!({ "names": ["pidfd_getfd"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "excludes": caps }),
+    ]);
     let path = world.path("seccomp.json");
     fs::write(&path, profile.to_string()).unwrap();
     format!("--security-opt=seccomp={}", path.display())
@@ -363,6 +396,11 @@ fn the_doctor_says_what_a_container_has() {
         remedy(told.expect("pidfd_getfd", "problem"), "--cap-add SYS_PTRACE");
         assert_eq!(told.report["guarantees"][1]["upgrade"], "can't be run here");
         assert_eq!(told.report["guarantees"][0]["upgrade"], "0");
+        for options in [&[][..], &["--user=12345"]] {
+            let told = examine(&[&[profile.as_str(), "--cap-add=SYS_PTRACE"], options].concat());
+            told.expect_code(0);
+            told.expect("pidfd_getfd", "ok");
+        }
         does_as_the_doctor_said(world, &profile);
     });
 }

@@ -172,7 +172,7 @@ fn a_respawn_runs_the_pinned_program() {
 }
 
 /// The data plane does not need the master.
-pub(crate) fn master_killed(world: &World, mode: &str, engine: &'static str) -> u64 {
+fn master_killed(world: &World, mode: &str, engine: &'static str) -> u64 {
     let app = App::test_worker(world, &format!("--mode {mode} --accept-delay 5")).engine(engine);
     let mut master = Master::start(world, &app);
     let load = Load::start(queues_of_twenty(world));

@@ -3,33 +3,29 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::ErrorKind;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use reuseportd_sys::{memfd, pidfd, procfs, socket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::{Resource, Rlimit, Uid};
 
 use self::program::{FetchError, Inheritance, Keeper, fetch};
 use crate::support::PATIENCE;
 use crate::support::master::REUSEPORTD;
 use crate::support::process::Running;
-use crate::support::world::{Need, World, world};
+use crate::support::world::{World, world};
 
 #[allow(dead_code, unused_imports, reason = "the keeper's own part runs in the program under test")]
 #[path = "../src/keeper/mod.rs"]
-mod program;
+pub(crate) mod program;
 
-/// A user that owns nothing.
-const NOBODY: u32 = 65534;
+mod plays;
+mod strangers;
 
 fn socket_in(world: &World) -> PathBuf {
     world.path("control.sock.keeper")
@@ -418,77 +414,6 @@ fn nobody_waits_for_one_that_is_stopped() {
 }
 
 #[test]
-fn strangers_get_nothing_and_give_nothing() {
-    world(&[Need::Root], |world| {
-        let socket = socket_in(world);
-        let mut keeper = start(&socket);
-        let worker = Sleeper::start();
-        hold(&mut keeper, &[("pidfd/1", worker.pidfd().as_fd())]);
-        settle(&mut keeper);
-        drop(keeper);
-        assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
-        let as_nobody = |socket: PathBuf| {
-            // The identity is the thread's, and ends with it.
-            let stranger = thread::spawn(move || {
-                let nobody = Uid::from_raw(NOBODY);
-                rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
-                fetch(&socket).unwrap_err()
-            });
-            stranger.join().unwrap()
-        };
-        let refused = as_nobody(socket.clone());
-        assert!(matches!(refused, FetchError::Socket { .. }), "{refused}");
-        fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
-        let refused = as_nobody(socket.clone());
-        assert!(matches!(refused, FetchError::CutOff(_)), "{refused}");
-
-        let foreign = |path: &Path, why: &str| {
-            let refused = fetch(path).unwrap_err();
-            assert!(matches!(&refused, FetchError::Foreign { what, .. } if what.contains(why)), "{refused}");
-        };
-        chown(&socket, Some(NOBODY), None).unwrap();
-        foreign(&socket, "belongs to user 65534");
-        chown(&socket, Some(0), None).unwrap();
-        inherit(&socket).keeper.dismiss();
-
-        // Whoever calls listen() is shown to those who connect.
-        let (path, listener) = (world.path("other.sock"), seqpacket());
-        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
-        rustix::net::listen(&listener, 1).unwrap();
-        foreign(&path, "which is no keeper");
-        let theirs = listener.try_clone().unwrap();
-        let stranger = thread::spawn(move || {
-            let nobody = Uid::from_raw(NOBODY);
-            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
-            rustix::net::listen(&theirs, 1).unwrap();
-        });
-        stranger.join().unwrap();
-        foreign(&path, "of user 65534 listens there");
-        foreign(Path::new("/etc/passwd"), "no socket");
-    });
-}
-
-#[test]
-fn one_that_talks_nonsense_is_ended() {
-    world(&[], |world| {
-        for (number, nonsense) in
-            ["state 2", "held a", "end", "unknown fetch", "busy!"].into_iter().enumerate()
-        {
-            let path = world.path(&format!("{number}.sock"));
-            let mut impostor = play(nonsense, &path);
-            let mut lines = BufReader::new(impostor.stdout.take().unwrap()).lines();
-            assert!(lines.any(|line| line.unwrap().ends_with("listening")));
-            let refused = fetch(&path).unwrap_err();
-            assert!(
-                matches!(&refused, FetchError::NotUnderstood { what, is_ended: true, .. } if what.contains(nonsense)),
-                "{refused}"
-            );
-            let _ = impostor.wait();
-        }
-    });
-}
-
-#[test]
 fn it_is_carried_over_an_exec_of_its_master() {
     world(&[], |world| {
         let mut keeper = start(&socket_in(world));
@@ -518,6 +443,10 @@ fn it_starts_from_a_program_that_was_removed() {
         settle(&mut second);
         second.dismiss();
         first.dismiss();
+        let began = Instant::now();
+        let another = Keeper::start_from(Path::new("/bin/true"), &socket_in(world), "test").unwrap_err();
+        assert!(another.to_string().ends_with("the keeper has ended"), "{another}");
+        assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
         let missing = Keeper::start_from(&copy, &socket_in(world), "test").unwrap_err();
         assert!(missing.to_string().starts_with("cannot start a keeper at "), "{missing}");
     });
@@ -535,106 +464,4 @@ fn nobody_starts_one_by_hand() {
     let mut command = Command::new(REUSEPORTD);
     command.arg("--help");
     assert!(!Running::start(command).finish(PATIENCE).stdout.contains("keeper"));
-}
-
-/// How a process of its own is told what to play, and where.
-const PLAY: &str = "REUSEPORTD_TEST_KEEPER_PLAY";
-const PLAY_AT: &str = "REUSEPORTD_TEST_KEEPER_SOCKET";
-/// Descriptors the played master holds at a time.
-const WINDOW: usize = 150;
-/// Of which so many are others with each snapshot.
-const STEP: usize = 100;
-
-/// Starts this very test program again, for [`a_play`] only, with the command line of a keeper.
-fn play(what: &str, socket: &Path) -> Child {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.arg0("reuseportd").args(["keeper", "keeper::a_play", "--exact", "--nocapture"]);
-    command.env(PLAY, what).env(PLAY_AT, socket).stdout(Stdio::piped()).spawn().unwrap()
-}
-
-/// No test unless one of the others starts it.
-#[test]
-fn a_play() {
-    let (Ok(what), Ok(socket)) = (std::env::var(PLAY), std::env::var(PLAY_AT)) else { return };
-    match what.as_str() {
-        "a busy master" => play_busy_master(&socket),
-        "a greedy master" => play_greedy_master(&socket),
-        nonsense => play_impostor(&socket, nonsense),
-    }
-}
-
-fn play_impostor(path: &str, nonsense: &str) {
-    let listener = seqpacket();
-    rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
-    rustix::net::listen(&listener, 1).unwrap();
-    println!("listening");
-    let connection = rustix::net::accept(&listener).unwrap();
-    assert_eq!(hear(&connection), "fetch");
-    say(&connection, nonsense, &[]);
-    hear(&connection);
-}
-
-fn play_greedy_master(path: &str) {
-    let few = Rlimit { current: Some(300), maximum: Some(300) };
-    rustix::process::setrlimit(Resource::Nofile, few).unwrap();
-    let mut keeper = start(Path::new(path));
-    let one = thing("one");
-    let all: Vec<_> = (0..500).map(|n| (format!("n/{n}"), one.as_fd())).collect();
-    keeper.update(&all.iter().map(|(name, _)| name.clone()).collect(), &all).unwrap();
-    assert!(is_readable(keeper.fd(), PATIENCE) && !keeper.is_alive(), "it takes more than it can hold");
-    keeper.end();
-}
-
-fn play_busy_master(path: &str) {
-    let mut keeper = start(Path::new(path));
-    // It lives as long as the test that plays, whatever becomes of this process.
-    let parent = pidfd_of(std::os::unix::process::parent_id().cast_signed());
-    for first in (0..).step_by(STEP) {
-        let window: Vec<_> = (first..first + WINDOW).map(|n| format!("thing/{n}")).collect();
-        let fresh = window.iter().filter(|name| !keeper.held().contains(*name));
-        let fresh: Vec<_> = fresh.map(|name| (name.clone(), thing(name))).collect();
-        let mut fresh: Vec<_> = fresh.iter().map(|(name, fd)| (name.clone(), fd.as_fd())).collect();
-        let mut all: BTreeSet<String> = window.into_iter().collect();
-        all.insert("pidfd/test".to_owned());
-        if first == 0 {
-            fresh.push(("pidfd/test".to_owned(), parent.as_fd()));
-        }
-        keeper.update(&all, &fresh).unwrap();
-        keeper.save(thing(&first.to_string()).as_fd()).unwrap();
-        println!("from {first}");
-    }
-}
-
-#[test]
-fn a_master_killed_in_the_middle_leaves_all_that_its_snapshot_names() {
-    world(&[], |world| {
-        for round in 0..12 {
-            let socket = world.path(&format!("{round}.sock"));
-            let mut master = play("a busy master", &socket);
-            let mut lines = BufReader::new(master.stdout.take().unwrap()).lines();
-            // It runs ahead of what is read here: where it is killed is chance.
-            let turns = lines.by_ref().filter(|line| line.as_ref().unwrap().starts_with("from "));
-            assert_eq!(turns.take(1 + round * 5).count(), 1 + round * 5);
-            master.kill().unwrap();
-            let inherited = inherit(&socket);
-            let first: usize = String::from_utf8(inherited.state.clone()).unwrap().parse().unwrap();
-            for n in first..first + WINDOW {
-                let name = format!("thing/{n}");
-                assert_eq!(inherited.fds.get(&name).map(text_of), Some(name), "the snapshot is from {first}");
-            }
-            // What the one before named, or the one after would have, may be there as well.
-            assert!(inherited.fds.len() <= 1 + WINDOW + STEP, "{} from {first}", inherited.fds.len());
-            inherited.keeper.dismiss();
-            master.wait().unwrap();
-        }
-    });
-}
-
-#[test]
-fn more_than_it_has_room_for_is_refused_and_told() {
-    world(&[], |world| {
-        let mut master = play("a greedy master", &socket_in(world));
-        let output = std::io::read_to_string(master.stdout.take().unwrap()).unwrap();
-        assert!(master.wait().unwrap().success(), "{output}");
-    });
 }

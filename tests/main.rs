@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a surprise is a failure")]
 
+mod adoption;
 mod cli;
 mod config;
 mod container;
@@ -19,8 +20,10 @@ mod launch;
 mod listeners;
 mod matrix;
 mod notify;
+mod orphans;
 mod readiness;
 mod real_servers;
+mod reexec;
 mod sdk;
 mod seats;
 mod sockets;

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::fs;
 
-use crate::crash::{kill_the_fullest, master_killed, one_at_a_time, only_worker_killed, queues_of_twenty};
+use crate::adoption::lost_with_the_master;
+use crate::crash::{kill_the_fullest, one_at_a_time, only_worker_killed, queues_of_twenty};
 use crate::support::app::{App, test_worker};
 use crate::support::load::{Load, slow_accepts};
 use crate::support::master::Master;
@@ -88,7 +89,7 @@ fn cells(world: &World, row: &Row) -> [String; 4] {
     assert!((counted..=counted + 2).contains(&lost), "{}: {lost} lost, {counted} of them counted", row.name);
     let alone = if counted == 0 { "0, clients wait" } else { "clients wait, its queue counted" }.to_owned();
     let upgrades = upgrades_and_failed_launches(world, row).to_string();
-    [upgrades, siblings, alone, master_killed(world, row.mode, row.engine).to_string()]
+    [upgrades, siblings, alone, lost_with_the_master(world, row.mode, row.engine).to_string()]
 }
 
 #[test]

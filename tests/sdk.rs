@@ -19,7 +19,7 @@ use crate::support::app::{App, test_worker};
 use crate::support::load::Load;
 use crate::support::master::Master;
 use crate::support::process::{signal, wait};
-use crate::support::world::{World, example, needs_of, world};
+use crate::support::world::{Need, World, example, needs_of, world};
 
 /// 20 ms of work for each connection it accepts, so that some wait when the signal comes.
 const SLOW: &str = "--accept-delay 20";
@@ -192,4 +192,34 @@ fn a_worker_stopped_by_hand_loses_nothing_ebpf() {
 #[test]
 fn a_worker_stopped_by_hand_loses_nothing_cbpf() {
     stopped_by_hand("cbpf");
+}
+
+/// It has closed its listeners, and is there as long as its connections are: who is still sent to it waits in vain.
+#[test]
+fn a_worker_stopped_by_hand_gets_no_connections_while_it_finishes_others() {
+    world(&[Need::Bpf], |world| {
+        for engine in ["ebpf", "cbpf"] {
+            let app = App::test_worker(world, "--mode sdk").workers(2).engine(engine);
+            let master = Master::start(world, &app);
+            // Each worker gets some of so many.
+            let held = [(); 16].map(|()| connect(world.address));
+            held.iter().for_each(|mut stream| stream.write_all(b"half").unwrap());
+            master.wait_status("accepted", |status| status.generations[0].connections == Some(16));
+            let pid = master.serving()[0];
+            signal(pid, Signal::TERM);
+            master.wait_status("noticed", |_| master.serving().len() == 1);
+            for _ in 0..16 {
+                assert!(
+                    answer(ask(world.address)).is_some_and(|text| !text.contains(&format!("pid={pid}\n")))
+                );
+            }
+            let finished = held.map(|mut stream| {
+                stream.write_all(b" a line\n").unwrap();
+                answer(stream).expect("none is cut")
+            });
+            assert!(finished.iter().any(|text| text.contains(&format!("pid={pid}\n"))), "{finished:?}");
+            master.wait_status("replaced", |_| master.serving().len() == 2);
+            master.stop();
+        }
+    });
 }

@@ -54,16 +54,11 @@ pub(crate) mod optional_path {
     #[derive(Serialize, Deserialize)]
     struct Saved(#[serde(with = "super::path")] PathBuf);
 
-    pub(crate) fn serialize<S: Serializer>(
-        path: &Option<PathBuf>,
-        to: S,
-    ) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(path: &Option<PathBuf>, to: S) -> Result<S::Ok, S::Error> {
         path.clone().map(Saved).serialize(to)
     }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Option<PathBuf>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<PathBuf>, D::Error> {
         Ok(Option::deserialize(from)?.map(|Saved(path)| path))
     }
 }
@@ -73,18 +68,13 @@ pub(crate) mod limits {
     use super::super::values::LIMITS;
     use super::*;
 
-    pub(crate) fn serialize<S: Serializer>(
-        limits: &[(Resource, u64)],
-        to: S,
-    ) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(limits: &[(Resource, u64)], to: S) -> Result<S::Ok, S::Error> {
         let name = |limit: &Resource| LIMITS.iter().find(|(_, known)| known == limit).map(|(name, _)| name);
         // Only what LIMITS names can have been configured.
         to.collect_seq(limits.iter().filter_map(|(limit, value)| Some((name(limit)?, value))))
     }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Vec<(Resource, u64)>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<(Resource, u64)>, D::Error> {
         let limit = |(name, value): (String, u64)| {
             let known = LIMITS.iter().find(|(known, _)| *known == name);
             known.map(|(_, limit)| (*limit, value)).ok_or_else(|| unknown("limit", &name))

@@ -9,8 +9,8 @@ use super::diagnose::ConfigErrors;
 use super::problems::Problems;
 use super::values::{parse_name, parse_path};
 
-/// `sockaddr_un.sun_path` holds 108 bytes, the last of them NUL.
-const PATH_BYTES_MAX: usize = 107;
+/// `sockaddr_un.sun_path` holds 108 bytes, the last of them NUL. Others are beside it: `.notify` and `.keeper`.
+const PATH_BYTES_MAX: usize = 107 - ".notify".len();
 
 /// From `control.socket` as written, or the default for this app.
 pub(super) fn resolve(written: &Option<Spanned<String>>, app: &str, problems: &mut Problems) -> PathBuf {
@@ -20,7 +20,7 @@ pub(super) fn resolve(written: &Option<Spanned<String>>, app: &str, problems: &m
     };
     if path.as_os_str().len() > PATH_BYTES_MAX {
         let message =
-            format!("{} is longer than the {PATH_BYTES_MAX} bytes a socket path may have", path.display());
+            format!("{} is longer than the {PATH_BYTES_MAX} bytes it may have", path.display());
         problems.add(
             "control.socket",
             written.as_ref().map(Spanned::span),

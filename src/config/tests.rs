@@ -141,7 +141,8 @@ fn a_config_survives_the_snapshot() {
     let files = examples.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
     let files = files.map(|file| file.unwrap().path());
     let configs = files.filter(|path| path.extension().is_some_and(|end| end == "toml"));
-    assert!(configs.map(|path| survives(load(&path).unwrap())).count() > 10);
+    let survivors: Vec<String> = configs.map(|path| survives(load(&path).unwrap())).collect();
+    assert!(survivors.len() > 10, "{survivors:?}");
     let more = "[app]\nuser = \"root\"\ngroup = 61235\ncapabilities = [\"CAP_BPF\"]\ncpu_affinity = \"seat\"";
     let mut config = load_text(&FULL.replace("[app]", more)).unwrap();
     let text = survives(config.clone());

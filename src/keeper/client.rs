@@ -91,6 +91,8 @@ impl Keeper {
             no_new_privileges: true,
         };
         let spawned = child::spawn(&spec).map_err(|error| failed(io::Error::other(error)))?;
+        // So that its end is seen.
+        drop(theirs);
         let saved = SavedKeeper { pid: spawned.pid, held: BTreeSet::new() };
         let keeper = Keeper::join([channel, spawned.pidfd], saved);
         match keeper.hear(Instant::now() + START_PATIENCE) {
@@ -159,7 +161,14 @@ impl Keeper {
         let deadline = Instant::now() + PATIENCE;
         let (new, fds): (Vec<_>, Vec<_>) = new.into_iter().unzip();
         for (some, fds) in new.chunks(FDS_MAX).zip(fds.chunks(FDS_MAX)) {
-            self.send("hold", some, fds, deadline)?;
+            match self.send("hold", some, fds, deadline) {
+                // More of this user's descriptors are under way than it may have open: they arrive first.
+                Err(error) if error.raw_os_error() == Some(nix::libc::ETOOMANYREFS) => {
+                    some.first().map_or(Ok(()), |name| self.ask_release(name, deadline))?;
+                    self.send("hold", some, fds, deadline)?;
+                }
+                result => result?,
+            }
             self.held.extend(some.iter().map(|name| (*name).to_owned()));
         }
         self.gone = self.held.difference(names).cloned().collect();
@@ -175,19 +184,23 @@ impl Keeper {
         if !self.held.contains(name) {
             return Ok(());
         }
-        let deadline = Instant::now() + PATIENCE;
+        self.ask_release(name, Instant::now() + PATIENCE)?;
+        self.held.remove(name);
+        Ok(())
+    }
+
+    /// Returns when it has done this and all it was told before.
+    fn ask_release(&self, name: &str, deadline: Instant) -> io::Result<()> {
         self.send("release", &[name], &[], deadline)?;
         loop {
             let said = self.hear(deadline)?;
             match split(said.as_bytes()) {
-                Some(("released", words)) if words.first() == Some(&name) => break,
+                Some(("released", words)) if words.first() == Some(&name) => return Ok(()),
                 // Said before, of something else.
                 Some(("unknown" | "released", _)) => {}
                 _ => return Err(unexpected(&said)),
             }
         }
-        self.held.remove(name);
-        Ok(())
     }
 
     /// The next thing it says.

@@ -38,6 +38,8 @@ pub(crate) enum FetchError {
     Busy(PathBuf),
     #[error("the keeper's socket {} is not used: {what}; remove it if it is not needed", path.display())]
     Foreign { path: PathBuf, what: String },
+    #[error("the keeper at {} runs in another pid namespace, and so do the workers that serve: start this master there, or end them there with `reuseportd stop --left-behind`", .0.display())]
+    Elsewhere(PathBuf),
     #[error("the keeper at {} has ended or refuses to talk; its workers are looked for without it", .0.display())]
     CutOff(PathBuf),
     #[error("the keeper at {} does not answer (process {pid} {}); its workers are looked for without it",
@@ -123,6 +125,10 @@ fn connect(path: &Path) -> Result<Option<(OwnedFd, i32, OwnedFd)>, FetchError> {
     let peer = socket::peer_credentials(channel.as_fd()).map_err(failed)?;
     if !trusted.contains(&peer.uid) {
         return Err(foreign(format!("process {} of user {} listens there", peer.pid, peer.uid)));
+    }
+    // It has none here.
+    if peer.pid == 0 {
+        return Err(FetchError::Elsewhere(path.to_owned()));
     }
     let cut_off = |_| FetchError::CutOff(path.to_owned());
     let process = pidfd::open(peer.pid).map_err(cut_off)?;

@@ -146,7 +146,7 @@ fn send_off(names: impl Iterator<Item = String>, fds: &[BorrowedFd<'_>]) -> io::
 
 /// The thing of an entry, or the name of a descriptor that is not there.
 fn arrive<T: Carry>(entry: &Entry<T::Rest>) -> io::Result<Result<Carried<T>, String>> {
-    NEXT_NAME.fetch_max(entry.name + 1, Ordering::Relaxed);
+    NEXT_NAME.fetch_max(entry.name.saturating_add(1), Ordering::Relaxed);
     let mut fds = Vec::new();
     for name in names::<T>(entry.name) {
         let fd = PASSAGE.with_borrow_mut(|passage| match passage {

@@ -26,6 +26,8 @@ impl Shell {
                     let message = FromWorker::decode(buffer.get(..received.bytes).unwrap_or_default());
                     self.heard(worker, message, received.fds);
                 }
+                // It ended with orders unread; what it said before still waits behind this.
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
                 // Its end is closed, or beyond use: an unmodified worker never had a use for it.
                 Ok(_) | Err(_) => {
                     process.channel = None;

@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
 use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan, Probe};
 use reuseportd_sys::{capability, cbpf};
 
 use reuseportd_wire::status as wire;
+use rustix::event::{Timespec, poll};
 use serde::{Deserialize, Serialize};
 
 use super::carried::Carried;
@@ -101,6 +103,10 @@ impl Group {
     }
 }
 
+/// How long the kernel may take to let go of an array whose last program was replaced.
+const LET_GO_PATIENCE: Duration = Duration::from_secs(1);
+/// The pause before it is asked again.
+const LET_GO_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 /// The plan record before the first switch.
 const FIRST_RECORD: u32 = 1;
 /// A key that stays empty; the core gives out those below.
@@ -189,16 +195,13 @@ impl Groups {
         self.by_id.get(&id)
     }
 
-    /// After a crash: what is in force, and what is in the maps, may be newer than what is known.
-    pub(super) fn find_again(&mut self, keys: impl Fn(GroupId) -> BTreeSet<u32>) {
+    /// After a crash: the record in force may be a later one than is known.
+    pub(super) fn find_record(&mut self) {
         for (id, group) in &mut self.by_id {
-            let Some(ebpf) = &group.ebpf else { continue };
-            let found = ebpf.selected().and_then(|record| {
-                group.record = record;
-                ebpf.retain_keys(&keys(*id))
-            });
-            if let Err(error) = found {
-                report(*id, &error);
+            match group.ebpf.as_ref().map(|ebpf| ebpf.selected()) {
+                Some(Ok(record)) => group.record = record,
+                Some(Err(error)) => drop(report(*id, &error)),
+                None => {}
             }
         }
     }
@@ -225,6 +228,28 @@ impl Groups {
     pub(super) fn admit(&self, id: GroupId, key: u32, listener: BorrowedFd<'_>) -> Result<(), i32> {
         let ebpf = self.ebpf(id)?;
         ebpf.attach(listener).and_then(|()| ebpf.admit(key, listener)).map_err(|error| report(id, &error))
+    }
+
+    /// `ebpf`: takes the place of a program whose maps nobody has any more. Its sockets can be put into the new array
+    /// once the kernel has let go of the old one, which it does soon and without a word.
+    pub(super) fn replace_program(&self, id: GroupId, listener: BorrowedFd<'_>) {
+        let Ok(ebpf) = self.ebpf(id) else { return };
+        let deadline = Instant::now() + LET_GO_PATIENCE;
+        let replaced = ebpf.attach(listener).and_then(|()| {
+            loop {
+                match ebpf.admit(PROOF_KEY, listener) {
+                    Err(error)
+                        if error.errno() == Some(nix::libc::EBUSY) && Instant::now() < deadline =>
+                    {
+                        let _ = poll(&mut [], Some(&LET_GO_PAUSE));
+                    }
+                    result => break result.and_then(|()| ebpf.remove(PROOF_KEY)),
+                }
+            }
+        });
+        if let Err(error) = replaced {
+            report(id, &error);
+        }
     }
 
     /// `ebpf`: while `connect` runs, what comes from `source` is given to this listener, past all others.
@@ -254,6 +279,13 @@ impl Groups {
     /// `ebpf`: a key becomes empty.
     pub(super) fn evict(&self, id: GroupId, key: u32) {
         if let Ok(Err(error)) = self.ebpf(id).map(|ebpf| ebpf.remove(key)) {
+            report(id, &error);
+        }
+    }
+
+    /// `ebpf`: every other key becomes empty.
+    pub(super) fn keep_keys(&self, id: GroupId, kept: &BTreeSet<u32>) {
+        if let Ok(Err(error)) = self.ebpf(id).map(|ebpf| ebpf.retain_keys(kept)) {
             report(id, &error);
         }
     }

@@ -9,7 +9,7 @@ use reuseportd_sys::procfs;
 use serde::{Deserialize, Serialize};
 
 use super::Shell;
-use super::snapshot::Place;
+use super::snapshot::{Part, Place, SnapshotError};
 
 /// Of the journal's form. A newer one is refused.
 const VERSION: u32 = 1;
@@ -22,7 +22,7 @@ pub(super) struct Journal {
     journal: u32,
     /// The version of the master that wrote it.
     by: String,
-    place: Place,
+    pub(super) place: Place,
     pub(super) workers: Vec<Entry>,
 }
 
@@ -56,7 +56,7 @@ impl Entry {
     }
 }
 
-/// Reads the journal. `None` if there is none.
+/// Reads the journal; its workers may be in another network namespace. `None` if there is none.
 pub(super) fn read(path: &Path) -> Result<Option<Journal>, JournalError> {
     #[derive(Deserialize)]
     struct Form {
@@ -76,8 +76,11 @@ pub(super) fn read(path: &Path) -> Result<Option<Journal>, JournalError> {
     }
     let journal: Journal =
         serde_json::from_slice(&text).map_err(|error| useless(format!("it is damaged: {error}")))?;
-    journal.place.check().map_err(|error| useless(error.to_string()))?;
-    Ok(Some(journal))
+    match journal.place.check() {
+        // Their pids mean something here.
+        Ok(()) | Err(SnapshotError::Elsewhere(Part::Network)) => Ok(Some(journal)),
+        Err(error) => Err(useless(error.to_string())),
+    }
 }
 
 /// Only what this user, or root, wrote is believed.
@@ -156,14 +159,20 @@ mod tests {
         let text = String::from_utf8(text).unwrap();
         let boot = reuseportd_sys::namespace::boot_id().unwrap();
         let network = reuseportd_sys::namespace::network().unwrap().to_string();
+        let processes = reuseportd_sys::namespace::processes().unwrap().to_string();
         for (from, to, why) in [
             (boot.as_str(), "another", "before the last boot"),
-            (network.as_str(), "1", "in another network namespace"),
+            (processes.as_str(), "1", "in another pid namespace"),
         ] {
             replace(&path, text.replace(from, to).as_bytes()).unwrap();
             let refused = read(&path).unwrap_err().to_string();
             assert!(refused.contains(why), "{refused}");
         }
+        replace(&path, text.replace(&network, "1").as_bytes()).unwrap();
+        let elsewhere = read(&path).unwrap().unwrap();
+        assert_eq!(elsewhere.workers, journal().workers);
+        let refused = elsewhere.place.check().unwrap_err().to_string();
+        assert!(refused.contains("in another network namespace"), "{refused}");
         let newer = text.replace("\"journal\":1", "\"journal\":2").replace("\"workers\"", "\"unheard_of\"");
         replace(&path, newer.as_bytes()).unwrap();
         let refused = read(&path).unwrap_err();

@@ -1,7 +1,7 @@
 //! What the next master will need is put where it outlives this one: state and descriptors with the keeper, the
 //! workers' pids in the journal.
 
-use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -67,28 +67,41 @@ impl Shell {
             return Ok(());
         }
         self.write_journal()?;
-        let Some(keeper) = &self.keeper else { return Ok(()) };
-        let there: BTreeSet<String> = keeper.held().clone();
-        let written = self.state_for_keeper(there).map_err(io::Error::other)?;
-        let state = memfd::sealed("reuseportd-state", &written.text)?;
-        let Some(keeper) = &mut self.keeper else { return Ok(()) };
-        let new: Vec<_> = written.fds.iter().map(|(name, fd)| (name.clone(), fd.as_fd())).collect();
-        let kept = keeper.update(&written.names, &new).and_then(|()| keeper.save(state.as_fd()));
-        match kept {
-            // All is with the new one: what an earlier one holds is not needed any more.
-            Ok(()) => self.former.take().into_iter().for_each(Keeper::dismiss),
-            Err(_) => self.lose_keeper(),
-        }
-        kept
+        let Some(mut keeper) = self.keeper.take() else { return Ok(()) };
+        let filled = self.fill(&mut keeper);
+        self.keeper = Some(keeper);
+        filled.inspect_err(|_| self.lose_keeper())
     }
 
-    /// Starts a keeper; it is filled at the end of the turn.
+    /// Gives a keeper all that it does not hold yet.
+    fn fill(&self, keeper: &mut Keeper) -> io::Result<()> {
+        let written = self.state_for_keeper(keeper.held().clone()).map_err(io::Error::other)?;
+        let state = memfd::sealed("reuseportd-state", &written.text)?;
+        let new: Vec<_> = written.fds.iter().map(|(name, fd)| (name.clone(), fd.as_fd())).collect();
+        keeper.update(&written.names, &new)?;
+        keeper.save(state.as_fd())
+    }
+
+    /// Starts a keeper. One of an earlier image, or of a master before this one, stays until the new one has everything
+    /// and is found in its place.
     pub(super) fn start_keeper(&mut self) {
-        match Keeper::start(&self.runtime.keeper_path(), &self.config.app.name) {
+        let (place, beside) = (self.runtime.keeper_path(), self.runtime.new_keeper_path());
+        let started = Keeper::start(&beside, &self.config.app.name).and_then(|mut keeper| {
+            let filled = self.fill(&mut keeper).and_then(|()| fs::rename(&beside, &place));
+            match filled {
+                Ok(()) => Ok(keeper),
+                Err(error) => {
+                    keeper.end();
+                    Err(error)
+                }
+            }
+        });
+        match started {
             Ok(keeper) => {
                 tracing::debug!(event = "keeper_started", pid = keeper.pid(), "a keeper holds the descriptors");
-                self.keeper = Some(Carried::new(keeper));
-                self.saving.is_due = true;
+                if let Some(earlier) = self.keeper.replace(Carried::new(keeper)) {
+                    earlier.into_inner().dismiss();
+                }
             }
             Err(error) => {
                 tracing::error!(event = "no_keeper", %error, "cannot start a keeper: {error}; if the master is killed now, its workers are replaced");
@@ -117,9 +130,6 @@ impl Shell {
     pub(super) fn release_kept(&mut self, listener: ListenerId) {
         let names: Vec<String> = self.listeners.handle_names(listener);
         for name in names {
-            if self.former.as_mut().is_some_and(|keeper| keeper.release(&name).is_err()) {
-                self.former.take().into_iter().for_each(Keeper::end);
-            }
             if self.keeper.as_mut().is_some_and(|keeper| keeper.release(&name).is_err()) {
                 tracing::warn!(event = "keeper_silent", "the keeper does not answer: it is replaced");
                 self.lose_keeper();

@@ -24,7 +24,7 @@ pub(crate) fn end(socket: &Path) -> Result<usize, String> {
     if !socket.parent().is_some_and(Path::exists) {
         return Ok(0);
     }
-    let runtime = Runtime::open(socket.to_owned()).map_err(|error| error.to_string())?;
+    let mut runtime = Runtime::open(socket.to_owned()).map_err(|error| error.to_string())?;
     let written = match journal::read(&runtime.journal_path()) {
         Ok(journal) => journal.map(|journal| journal.workers).unwrap_or_default(),
         Err(error @ JournalError::Newer { .. }) => return Err(error.to_string()),
@@ -36,7 +36,7 @@ pub(crate) fn end(socket: &Path) -> Result<usize, String> {
     // First of all: it holds what the workers leave.
     match keeper::fetch(&runtime.keeper_path()) {
         Ok(inheritance) => inheritance.into_iter().for_each(|inheritance| inheritance.keeper.end()),
-        Err(error @ FetchError::Busy(_)) => return Err(error.to_string()),
+        Err(error @ (FetchError::Busy(_) | FetchError::Elsewhere(_))) => return Err(error.to_string()),
         Err(error) => eprintln!("{error}"),
     }
     let deadline = Instant::now() + PATIENCE;
@@ -53,5 +53,6 @@ pub(crate) fn end(socket: &Path) -> Result<usize, String> {
             return Err(format!("process {pid} does not end, though it was killed"));
         }
     }
+    runtime.own();
     Ok(processes.len())
 }

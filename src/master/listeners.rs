@@ -1,6 +1,6 @@
 //! Listeners by the core's number: which socket each is, who holds it, and the master's handle.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -100,11 +100,6 @@ impl Listeners {
     /// Those of which the master holds no handle.
     pub(super) fn without_handle(&self) -> Vec<ListenerId> {
         self.by_id.iter().filter(|(_, listener)| listener.handle.is_none()).map(|(id, _)| *id).collect()
-    }
-
-    /// The keys of a group's listeners.
-    pub(super) fn keys(&self, group: GroupId) -> BTreeSet<u32> {
-        self.by_id.values().filter(|listener| listener.group == group).filter_map(|l| l.key).collect()
     }
 
     /// A listener was put under this key, in the place of whichever was there; or the key is empty now.

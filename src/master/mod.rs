@@ -145,8 +145,6 @@ struct Shell {
     /// Why the last one failed, in words.
     reexec_error: Option<String>,
     keeper: Option<Carried<Keeper>>,
-    /// That of a former image or master, until the new one has everything.
-    former: Option<Keeper>,
     saving: Saving,
     /// What the journal says.
     journalled: Option<Vec<journal::Entry>>,

@@ -10,7 +10,7 @@ use super::Shell;
 use super::process::printable;
 
 /// Datagrams handled before others have their turn: a flood must not keep the master from its work.
-const TURN: usize = 64;
+const TURN: usize = 512;
 /// Longest datagram understood, in bytes.
 const DATAGRAM_BYTES_MAX: usize = 4096;
 /// Longest STATUS= kept, in characters.

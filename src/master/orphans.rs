@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use reuseportd_core::{Event, Generation, GroupId, ListenerId, Plan, Seat, Time, WorkerId};
 use reuseportd_sys::procfs::{self, Process as Listed};
-use reuseportd_sys::{pidfd, pipe};
+use reuseportd_sys::{namespace, pidfd, pipe};
 use reuseportd_wire::env;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -19,21 +19,13 @@ use super::launch::Launch;
 use super::output::Output;
 use super::process::{LastLines, Process};
 use super::start::NoStart;
-use super::{Shell, clock, look, reload};
+use super::{Shell, clock, look, reload, restore};
 use crate::config::Output as OutputMode;
 
 impl Shell {
     /// Makes living workers of a former master the first generation. `false` if there are none.
     pub(super) fn find_orphans(&mut self) -> Result<bool, NoStart> {
-        let written = match journal::read(&self.runtime.journal_path()) {
-            Ok(journal) => journal.map(|journal| journal.workers).unwrap_or_default(),
-            Err(error @ JournalError::Newer { .. }) => return Err(error.to_string().into()),
-            Err(JournalError::Useless(why)) => {
-                tracing::warn!(event = "journal_unused", why, "the journal of a former master is not used: {why}");
-                Vec::new()
-            }
-        };
-        let mut entries: Vec<Entry> = written.into_iter().filter(Entry::lives).collect();
+        let mut entries = self.journalled_and_alive()?;
         let known: BTreeSet<i32> = entries.iter().map(|entry| entry.pid).collect();
         entries.extend(self.ours_besides(&known));
         let is_any = !entries.is_empty();
@@ -41,6 +33,24 @@ impl Shell {
             self.take_orphans(entries)?;
         }
         Ok(is_any)
+    }
+
+    /// Those that the journal names.
+    fn journalled_and_alive(&self) -> Result<Vec<Entry>, NoStart> {
+        let journal = match journal::read(&self.runtime.journal_path()) {
+            Ok(Some(journal)) => journal,
+            Ok(None) => return Ok(Vec::new()),
+            Err(error @ JournalError::Newer { .. }) => return Err(error.to_string().into()),
+            Err(JournalError::Useless(why)) => {
+                tracing::warn!(event = "journal_unused", why, "the journal of a former master is not used: {why}");
+                return Ok(Vec::new());
+            }
+        };
+        let living: Vec<Entry> = journal.workers.into_iter().filter(Entry::lives).collect();
+        match journal.place.check() {
+            Err(error) if !living.is_empty() => Err(restore::elsewhere(&error).into()),
+            Ok(()) | Err(_) => Ok(living),
+        }
     }
 
     fn take_orphans(&mut self, mut entries: Vec<Entry>) -> Result<(), NoStart> {
@@ -58,6 +68,11 @@ impl Shell {
                     workers.push((worker, self.listeners_of_orphan(&launch, worker, entry.pid, &mut seen)));
                 }
                 Err(error) => tracing::info!(pid = entry.pid, %error, "an orphan has just ended"),
+            }
+        }
+        for group in &launch.groups {
+            if let Some(listener) = self.listeners.member(*group) {
+                self.groups.replace_program(*group, listener);
             }
         }
         let count = workers.len();
@@ -136,6 +151,8 @@ pub(super) fn reporting_to(socket: &Path, known: &BTreeSet<i32>) -> Vec<Entry> {
         let value = |name: &str| variables.iter().find(|(of, _)| of == name).map(|(_, value)| value);
         let number = |name| value(name)?.to_str();
         (value(env::NOTIFY_SOCKET)?.as_os_str() == socket.as_os_str()).then_some(())?;
+        // In a container the same path is another one's.
+        namespace::is_shared_with(process.pid).ok()?.then_some(())?;
         Some(Entry {
             pid: process.pid,
             start_time: process.start_time,

@@ -55,6 +55,7 @@ impl Shell {
                 self.groups.evict(group, key);
                 self.listeners.note_key(group, key, None);
             }
+            Command::KeepKeys { group, kept } => self.groups.keep_keys(group, &kept.into_iter().collect()),
             Command::Steer { group, ranges } => {
                 let result = self.groups.steer(group, &ranges);
                 self.inbox.push_back(Event::Steered { group, result });

@@ -36,8 +36,7 @@ pub(super) fn resume(number: &str, signals: SignalPipe) -> Result<Shell, String>
     let Belongings { clients, mut runtime, keeper } =
         lines.belongings(&mut fds).map_err(|error| failed(&error))?;
     runtime.own();
-    let former = keeper.map(Carried::into_inner);
-    let mut shell = snapshot.revive(signals, runtime, clients, former);
+    let mut shell = snapshot.revive(signals, runtime, clients, keeper);
     shell.reexecs += 1;
     shell.inbox.push_front(Event::Reexecuted { done: true });
     Ok(shell)
@@ -55,7 +54,7 @@ pub(super) fn adopt(signals: SignalPipe, runtime: Runtime) -> Result<Adoption, N
     let Inheritance { state, mut fds, keeper } = match keeper::fetch(&runtime.keeper_path()) {
         Ok(Some(inheritance)) => inheritance,
         Ok(None) => return Ok(Adoption::Nothing(signals, runtime)),
-        Err(error @ FetchError::Busy(_)) => return Err(error.to_string().into()),
+        Err(error @ (FetchError::Busy(_) | FetchError::Elsewhere(_))) => return Err(error.to_string().into()),
         Err(error) => {
             eprintln!("{error}");
             return Ok(Adoption::Nothing(signals, runtime));
@@ -68,12 +67,22 @@ pub(super) fn adopt(signals: SignalPipe, runtime: Runtime) -> Result<Adoption, N
             })?;
             Ok(Adoption::Done(Box::new(shell)))
         }
+        // It lives, and so do its workers.
+        Err(error @ SnapshotError::Elsewhere(_)) => Err(elsewhere(&error).into()),
         Err(error) => {
             eprintln!("the state of the master that has ended can't be used: {error}; its workers are looked for without it");
             keeper.end();
             Ok(Adoption::Nothing(signals, runtime))
         }
     }
+}
+
+/// Workers live that can't be reached from here.
+pub(super) fn elsewhere(error: &SnapshotError) -> String {
+    format!(
+        "the workers that serve can't be taken over from here: {error}; start it there, or end them with `reuseportd stop \
+         --left-behind`"
+    )
 }
 
 fn read(state: &[u8], fds: &mut BTreeMap<String, OwnedFd>) -> Result<Snapshot, SnapshotError> {
@@ -93,12 +102,13 @@ fn take_over(
     let clients = Clients::new(listener, &control.allow_users);
     runtime.note_made(snapshot.directory.clone());
     let saved = snapshot.saved;
-    let mut shell = snapshot.revive(signals, runtime, clients, Some(keeper));
+    let mut shell = snapshot.revive(signals, runtime, clients, Some(Carried::new(keeper)));
     shell.adopted = true;
+    shell.runtime.own();
     for process in shell.processes.values_mut() {
         process.is_child = false;
     }
-    shell.groups.find_again(|group| shell.listeners.keys(group));
+    shell.groups.find_record();
     shell.end_unknown(saved);
     let lost = shell.listeners.without_handle();
     shell.inbox.push_front(Event::Adopted { lost });
@@ -117,7 +127,7 @@ impl Snapshot {
         signals: SignalPipe,
         runtime: Runtime,
         clients: Clients,
-        former: Option<Keeper>,
+        keeper: Option<Carried<Keeper>>,
     ) -> Shell {
         let log_level = log::start(self.log.format, self.log.level(&self.config));
         let upstream = Upstream::from_env();
@@ -165,8 +175,7 @@ impl Snapshot {
             proven: None,
             is_reexec_due: false,
             reexec_error: None,
-            keeper: None,
-            former,
+            keeper,
             saving: Saving::default(),
             journalled: None,
         }

@@ -42,13 +42,14 @@ impl Shell {
                 self.ready(token);
             }
             if self.core.next_deadline().is_some_and(|deadline| deadline <= clock::now()) {
+                // This turn may have been a long one: signs of life that came meanwhile came in time.
+                self.read_notifications();
                 self.inbox.push_back(Event::Deadline);
             }
             self.settle();
         }
         // Nothing is left to be kept.
-        let keepers = self.keeper.take().map(Carried::into_inner).into_iter().chain(self.former.take());
-        keepers.for_each(Keeper::dismiss);
+        self.keeper.take().map(Carried::into_inner).into_iter().for_each(Keeper::dismiss);
         self.exit.unwrap_or(0)
     }
 

@@ -53,7 +53,7 @@ pub(super) struct Runtime {
     #[serde(with = "saved::path")]
     socket: PathBuf,
     lock: Carried<File>,
-    /// It was not only read to see whether it can be.
+    /// A master runs by them, and did not only look at them: they go with it.
     #[serde(skip)]
     is_ours: bool,
 }
@@ -78,10 +78,14 @@ impl Runtime {
             Err(source) => return Err(RuntimeError::Lock { path, source: source.into() }),
         }
         let directory = is_new.then_some(directory);
-        Ok(Runtime { directory, socket, lock: Carried::new(lock), is_ours: true })
+        let mut runtime = Runtime { directory, socket, lock: Carried::new(lock), is_ours: true };
+        let left = [runtime.keeper_path(), runtime.journal_path()];
+        runtime.is_ours = !left.iter().any(|path| fs::symlink_metadata(path).is_ok());
+        Ok(runtime)
     }
 
-    /// It came through a re-exec, lock included, and is this image's now.
+    /// What is here is this master's now: it came through a re-exec, lock included, or there is no need any more of what
+    /// a former one has left. Until then a start that fails leaves it to the next.
     pub(super) fn own(&mut self) {
         self.is_ours = true;
     }
@@ -112,6 +116,11 @@ impl Runtime {
         beside(&self.socket, ".keeper")
     }
 
+    /// Where one is until it takes that place.
+    pub(super) fn new_keeper_path(&self) -> PathBuf {
+        beside(&self.socket, ".keep")
+    }
+
     /// Where it finds the pids of workers.
     pub(super) fn journal_path(&self) -> PathBuf {
         beside(&self.socket, ".journal")
@@ -139,7 +148,7 @@ impl Drop for Runtime {
         if !self.is_ours {
             return;
         }
-        for suffix in ["", ".notify", ".keeper", ".journal", ".lock"] {
+        for suffix in ["", ".notify", ".keep", ".keeper", ".journal", ".lock"] {
             let _ = fs::remove_file(beside(&self.socket, suffix));
         }
         if let Some(directory) = &self.directory {

@@ -4,6 +4,7 @@
 //! `#[serde(default)]`; a change that an older reader would misunderstand needs a new [`VERSION`].
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
@@ -47,11 +48,29 @@ impl Place {
     pub(super) fn check(&self) -> Result<(), SnapshotError> {
         let here = Place::here().map_err(SnapshotError::Place)?;
         match () {
-            () if self.boot != here.boot => Err(SnapshotError::Elsewhere("before the last boot")),
-            () if self.processes != here.processes => Err(SnapshotError::Elsewhere("in another pid namespace")),
-            () if self.network != here.network => Err(SnapshotError::Elsewhere("in another network namespace")),
+            () if self.boot != here.boot => Err(SnapshotError::Elsewhere(Part::Boot)),
+            () if self.processes != here.processes => Err(SnapshotError::Elsewhere(Part::Processes)),
+            () if self.network != here.network => Err(SnapshotError::Elsewhere(Part::Network)),
             () => Ok(()),
         }
+    }
+}
+
+/// Where a place differs from here; by all but `Network` the pids mean nothing either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Boot,
+    Processes,
+    Network,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Part::Boot => "before the last boot",
+            Part::Processes => "in another pid namespace",
+            Part::Network => "in another network namespace",
+        })
     }
 }
 
@@ -60,8 +79,8 @@ impl Place {
 pub(super) enum SnapshotError {
     #[error("it was written by version {by}, whose form {version} this version ({own}) does not know; start that one, or a newer one", own = env!("CARGO_PKG_VERSION"))]
     Newer { version: u32, by: String },
-    #[error("it was written {0}")]
-    Elsewhere(&'static str),
+    #[error("it is of a master that ran {0}")]
+    Elsewhere(Part),
     #[error("where it was written can't be compared with here: {0}")]
     Place(io::Error),
     #[error("it is not understood: {0}")]

@@ -86,6 +86,7 @@ fn begin(
     let level = log::start(settings.format, settings.level(&config));
     let mut shell = prepare(&config, signals, settings, level, runtime?)?;
     let trigger = if shell.find_orphans()? { Trigger::Orphans } else { Trigger::Start };
+    shell.runtime.own();
     if let Some(launch) = shell.prepared.back() {
         let plan = reload::plan(launch, shell.groups.choice.engine);
         shell.inbox.push_back(Event::Upgrade { plan, trigger, by: None });
@@ -159,7 +160,6 @@ fn prepare(
         is_reexec_due: false,
         reexec_error: None,
         keeper: None,
-        former: None,
         saving: Saving::default(),
         journalled: None,
     })

@@ -32,7 +32,6 @@ pub(crate) enum Systemd {
 /// A booted machine with the program and the shipped unit installed.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    pub(crate) systemd: Systemd,
     script: Child,
     /// Of its PID 1, as seen from here.
     pid: String,
@@ -41,12 +40,12 @@ pub(crate) struct Machine {
 /// Runs a test on a machine whose network this thread is in, or says on stderr why it is skipped. Only with `bpf` may
 /// anybody on it load BPF programs.
 pub(crate) fn machine(systemd: Systemd, bpf: bool, body: impl FnOnce(&World, &Machine) + Send) {
-    let needs = match systemd {
-        Systemd::V252 => [Need::Runs(SCRIPT, &["check", "bookworm"])],
-        Systemd::V257 => [Need::Runs(SCRIPT, &["check", "trixie"])],
+    let (suite, check) = match systemd {
+        Systemd::V252 => ("bookworm", &["check", "bookworm"]),
+        Systemd::V257 => ("trixie", &["check", "trixie"]),
     };
-    world(&needs, |world| {
-        let machine = Machine::boot(systemd, bpf);
+    world(&[Need::Runs(SCRIPT, check)], |world| {
+        let machine = Machine::boot(suite, bpf);
         machine.install();
         machine.enter_network();
         body(world, &machine);
@@ -54,19 +53,15 @@ pub(crate) fn machine(systemd: Systemd, bpf: bool, body: impl FnOnce(&World, &Ma
 }
 
 impl Machine {
-    fn boot(systemd: Systemd, bpf: bool) -> Machine {
-        let suite = match systemd {
-            Systemd::V252 => "bookworm",
-            Systemd::V257 => "trixie",
-        };
+    fn boot(suite: &str, bpf: bool) -> Machine {
         let mut command = Command::new(SCRIPT);
         command.args(["boot", suite]).args(bpf.then_some("--bpf"));
         // It ends with its stdin, so also when this process is killed.
         let mut script = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut pid = String::new();
         BufReader::new(script.stdout.take().unwrap()).read_line(&mut pid).unwrap();
-        assert!(!pid.is_empty(), "no machine with {systemd:?}");
-        Machine { systemd, script, pid: pid.trim().to_owned() }
+        assert!(!pid.is_empty(), "no machine of {suite}");
+        Machine { script, pid: pid.trim().to_owned() }
     }
 
     fn install(&self) {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use rustix::process::Signal;
 
 use super::PATIENCE;
 use super::app::App;
-use super::process::{Done, Running, kill, processes_of, signal, wait};
+use super::process::{Done, Running, keepers_of, kill, processes_of, signal, wait};
 use super::upstream::Upstream;
 use super::world::World;
 
@@ -60,14 +60,34 @@ impl<'a> Master<'a> {
         app.write();
         let upstream = Upstream::listen(&world.path("notify.sock"));
         let log = world.path("master.log");
-        command
-            .args(["--log-format", "text", "--config"])
-            .arg(&app.path)
-            .env("NOTIFY_SOCKET", upstream.path())
-            .stderr(fs::File::create(&log).unwrap())
-            .stdout(fs::File::create(world.path("master.out")).unwrap());
+        let create = |path: &Path| fs::File::create(path).unwrap();
+        arrange(&mut command, &app.path, &upstream, [create(&log), create(&world.path("master.out"))]);
         let child = spawn(command);
         Master { world, child, upstream, config: app.path.clone(), log }
+    }
+
+    /// Starts the next master in the place of one that has ended, and does not wait. What it says follows what is there.
+    pub(crate) fn restart(&mut self) {
+        self.restart_by(Command::new(REUSEPORTD));
+    }
+
+    /// The same by this command.
+    pub(crate) fn restart_by(&mut self, mut command: Command) {
+        let append = |path: &Path| fs::File::options().append(true).open(path).unwrap();
+        let files = [append(&self.log), append(&self.world.path("master.out"))];
+        arrange(&mut command, &self.config, &self.upstream, files);
+        self.child = command.spawn().unwrap();
+    }
+
+    /// Waits until the restarted master answers, and demands that it has adopted what the former one left.
+    pub(crate) fn wait_adopted(&self) -> Status {
+        let deadline = Instant::now() + PATIENCE;
+        while self.cli("status").code != 0 {
+            assert!(Instant::now() < deadline, "the next master does not answer:\n{}", self.log());
+        }
+        let status = self.status();
+        assert!(status.master.adopted && status.master.pid == self.pid(), "{status:#?}\n{}", self.log());
+        status
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -156,7 +176,7 @@ impl<'a> Master<'a> {
     }
 
     /// Asks for the status until it is as wanted. Each look is a round trip to the master, which paces the loop.
-    pub(crate) fn wait_status(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
+    pub(crate) fn wait_status(&self, what: &str, mut wanted: impl FnMut(&Status) -> bool) -> Status {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let status = self.status();
@@ -189,6 +209,7 @@ impl<'a> Master<'a> {
         let status = self.wait_end(PATIENCE).unwrap_or_else(|| panic!("does not end:\n{}", self.log()));
         assert_eq!(status, code, "{}", self.log());
         assert_eq!(processes_of(&self.world.app), [], "processes left behind:\n{}", self.log());
+        assert!(keepers_of(&self.world.app).is_empty(), "a keeper is left behind:\n{}", self.log());
         let left = self.world.path("run").exists();
         assert!(!left, "the runtime directory is left behind");
     }
@@ -218,9 +239,20 @@ impl Drop for Master<'_> {
         {
             kill(left.iter().map(|process| process.pid));
         }
+        kill(keepers_of(&self.world.app));
         // What a killed master could not remove.
         let _ = fs::remove_dir_all(self.world.path("run"));
     }
+}
+
+/// What every master of the harness is told.
+fn arrange(command: &mut Command, config: &Path, upstream: &Upstream, [log, out]: [fs::File; 2]) {
+    command
+        .args(["--log-format", "text", "--config"])
+        .arg(config)
+        .env("NOTIFY_SOCKET", upstream.path())
+        .stderr(log)
+        .stdout(out);
 }
 
 /// The last lines of a text.

@@ -60,6 +60,9 @@ impl Running {
 
 /// Waits for a child's end; `None` when the time has passed.
 pub(crate) fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    if let Some(status) = child.try_wait().unwrap() {
+        return Some(status);
+    }
     let pidfd = pidfd(child.id()).expect("a child that is not reaped has a pid");
     has_ended(&pidfd, patience).then(|| child.wait().unwrap())
 }
@@ -74,9 +77,7 @@ pub(crate) struct Process {
 /// Every living process that was started for this app, the children of its workers included, whoever their parent is.
 pub(crate) fn processes_of(app: &str) -> Vec<Process> {
     let mine = format!("REUSEPORTD_APP={app}");
-    let pids =
-        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter_map(|pid: u32| {
+    pids().filter_map(|pid: u32| {
         // Gone meanwhile, a zombie, or somebody else's: none of them is ours.
         let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
         let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
@@ -87,6 +88,17 @@ pub(crate) fn processes_of(app: &str) -> Vec<Process> {
         Some(Process { pid, generation: generation.parse().ok()? })
     })
     .collect()
+}
+
+/// The keepers of an app.
+pub(crate) fn keepers_of(app: &str) -> Vec<u32> {
+    let command = format!("reuseportd\0keeper\0--app\0{app}\0");
+    let is_one = |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|is| is == command.as_bytes());
+    pids().filter(is_one).collect()
+}
+
+fn pids() -> impl Iterator<Item = u32> {
+    fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
 /// Sends a signal; a process that is gone already is as good as hit.

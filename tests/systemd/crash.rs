@@ -7,11 +7,18 @@ use reuseportd_wire::status::MasterState;
 
 use super::unit::Unit;
 use super::with_each_systemd;
+use crate::support::PATIENCE;
 use crate::support::load::{Load, spec};
 use crate::support::machine::{Systemd, machine};
 use crate::support::world::World;
 
-with_each_systemd!(a_killed_master_is_followed, stop_leaves_nothing_of_a_killed_master, control_loses);
+with_each_systemd!(
+    a_killed_master_is_followed_ebpf,
+    a_killed_master_is_followed_cbpf,
+    stop_leaves_nothing_of_a_killed_master,
+    stop_before_the_next_master,
+    control_loses,
+);
 
 fn load(world: &World) -> Spec {
     spec(world).rate(200.0).burst(60, Duration::from_millis(300)).slow(10)
@@ -20,12 +27,21 @@ fn load(world: &World) -> Spec {
 /// Of a worker whose queue is hardly ever empty under this load.
 const BUSY: &str = "--mode plain --accept-delay 3";
 
-fn a_killed_master_is_followed(systemd: Systemd) {
-    machine(systemd, true, |world, machine| {
+fn a_killed_master_is_followed_ebpf(systemd: Systemd) {
+    followed_under_load(systemd, true, 5);
+}
+
+fn a_killed_master_is_followed_cbpf(systemd: Systemd) {
+    followed_under_load(systemd, false, 2);
+}
+
+/// Kills the master so many times, the last time in the middle of an upgrade.
+fn followed_under_load(systemd: Systemd, bpf: bool, times: u32) {
+    machine(systemd, bpf, |world, machine| {
         let unit = Unit::new(world, machine, BUSY);
         unit.succeed("start");
         let load = Load::start(load(world));
-        for restarts in 1..=4 {
+        for restarts in 1..times {
             let (workers, last) = (unit.workers(), unit.status().active_generation);
             followed(&unit, restarts);
             assert_eq!(unit.workers(), workers, "{}", unit.journal());
@@ -34,23 +50,23 @@ fn a_killed_master_is_followed(systemd: Systemd) {
             assert_eq!(next, last.map(|last| last + 1));
             load.answered_by(next.unwrap());
         }
-        // And in the middle of an upgrade.
         unit.configure(&format!("{BUSY} --ready-delay 1000"), &[]);
         let upgrade = unit.begin("reload");
         unit.wait_property("StatusText", |text| text.starts_with("launching"));
-        followed(&unit, 5);
-        assert_ne!(upgrade.finish(crate::support::PATIENCE).code, 0, "the client's master was killed");
+        followed(&unit, times);
+        assert_ne!(upgrade.finish(PATIENCE).code, 0, "the client's master was killed");
         unit.wait_status("steady", |status| status.state == MasterState::Steady);
         unit.succeed("reload");
         load.answered_by(unit.status().active_generation.unwrap());
         load.end_lossless();
+        assert_eq!(unit.property("NRestarts"), times.to_string());
         unit.succeed("stop");
         unit.nothing_is_left();
     });
 }
 
 /// Kills the master, and waits until the next one has adopted what it left.
-fn followed(unit: &Unit<'_>, restarts: u32) {
+pub(super) fn followed(unit: &Unit<'_>, restarts: u32) {
     let killed = unit.property("MainPID");
     unit.signal_master("SIGKILL");
     unit.wait_property("NRestarts", |count| count == restarts.to_string());
@@ -68,13 +84,28 @@ fn stop_leaves_nothing_of_a_killed_master(systemd: Systemd) {
         unit.succeed("stop");
         unit.nothing_is_left();
 
-        // The next one takes too long to come to its senses, and is told to stop.
+        // Killed while it stops: there will be no next one.
         unit.succeed("start");
         unit.signal_master("SIGSTOP");
         let stop = unit.begin("stop");
         unit.wait_property("SubState", |state| state.starts_with("stop-") || state == "dead");
         let _ = unit.systemctl("kill --kill-whom=main --signal=SIGKILL");
-        stop.finish(crate::support::PATIENCE);
+        stop.finish(PATIENCE);
+        unit.nothing_is_left();
+    });
+}
+
+/// Between a crash and the restart systemd runs nothing on a stop: that is the operator's to end.
+fn stop_before_the_next_master(systemd: Systemd) {
+    machine(systemd, true, |world, machine| {
+        let unit = Unit::new(world, machine, BUSY);
+        unit.drop_in("[Service]\nRestartSec=1h");
+        unit.succeed("start");
+        unit.signal_master("SIGKILL");
+        unit.wait_property("SubState", |state| state == "auto-restart");
+        unit.succeed("stop");
+        let done = unit.cli("stop --left-behind");
+        assert_eq!(done.code, 0, "{done:#?}");
         unit.nothing_is_left();
     });
 }

@@ -16,7 +16,9 @@ fn exposure_is_as_the_unit_says(systemd: Systemd) {
     machine(systemd, true, |world, machine| {
         let _unit = Unit::new(world, machine, "");
         let report = machine.tell("systemd-analyze security --no-pager reuseportd@web");
-        let level = report.lines().find_map(|line| line.split_once("Overall exposure level for ")?.1.split(' ').nth(1));
+        let level = report
+            .lines()
+            .find_map(|line| line.split_once("Overall exposure level for ")?.1.split(' ').nth(1));
         let level = level.unwrap_or_else(|| panic!("{report}"));
         let told = fs::read_to_string(repository("deploy/reuseportd@.service")).unwrap();
         assert!(told.contains(&format!("`systemd-analyze security` says {level}")), "{report}");
@@ -45,7 +47,10 @@ fn all_works_inside(systemd: Systemd, engine: Engine) {
             assert!(listeners.iter().all(|listener| listener.engine == engine), "{listeners:#?}");
             let load = Load::start(spec(world).rate(100.0));
             unit.succeed("reload");
-            unit.configure(&format!("{mode} --fail never-ready"), &[lines[0], lines[1], ("[upgrade]", "ready_timeout = \"300ms\"")]);
+            unit.configure(
+                &format!("{mode} --fail never-ready"),
+                &[lines[0], lines[1], ("[upgrade]", "ready_timeout = \"300ms\"")],
+            );
             assert_ne!(unit.systemctl("reload").code, 0);
             unit.configure(mode, &lines);
             unit.succeed("reload");

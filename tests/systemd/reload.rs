@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use reuseportd_wire::status::Outcome;
 
+use super::crash::followed;
 use super::unit::Unit;
 use super::with_each_systemd;
+use crate::support::PATIENCE;
 use crate::support::machine::{Machine, Systemd, machine};
 use crate::support::world::{World, repository};
 
@@ -67,11 +69,17 @@ fn reload_waits_by_itself(world: &World, machine: &Machine) {
     assert!(took >= Duration::from_secs(1), "{took:?}");
     assert_eq!(unit.status().active_generation, Some(2));
     assert_eq!(unit.property("StatusText"), "generation 2 serves");
-    // A reload that changes nothing can't be told from one that does.
+    // An upgrade that is rolled back is a reload like any other.
     unit.configure("--mode plain --fail exit-before-ready --code 7", &[]);
     unit.succeed("reload");
     unchanged(&unit, &["status 7"]);
     assert_eq!(unit.status().active_generation, Some(2));
+    // A master that dies meanwhile is followed.
+    unit.configure("--mode plain --ready-delay 1000", &[]);
+    let reload = unit.begin("reload");
+    unit.wait_property("StatusText", |text| text.starts_with("launching"));
+    followed(&unit, 1);
+    assert_ne!(reload.finish(PATIENCE).code, 0, "{}", unit.journal());
 }
 
 fn the_type_is_not_known(world: &World, machine: &Machine) {

@@ -6,7 +6,11 @@ use super::unit::Unit;
 use super::with_each_systemd;
 use crate::support::machine::{Systemd, machine};
 
-with_each_systemd!(start_waits_until_the_service_serves, a_long_start_gets_the_time_it_needs, a_start_that_fails_is_told);
+with_each_systemd!(
+    start_waits_until_the_service_serves,
+    a_long_start_gets_the_time_it_needs,
+    a_start_that_fails_is_told
+);
 
 fn start_waits_until_the_service_serves(systemd: Systemd) {
     machine(systemd, true, |world, machine| {

@@ -30,6 +30,7 @@ impl Master {
             group.admitting = 0;
             group.admit_failed = None;
             group.anchoring = None;
+            group.is_inherited = true;
             self.timers.disarm(Timer::Group(*id));
         }
         for (generation, record) in &mut self.generations {
@@ -70,7 +71,8 @@ impl Master {
     ) {
         self.generation_last = self.generation_last.max(generation.0);
         self.open_groups(&plan.groups);
-        let mut record = GenerationRecord::new(plan);
+        // Sockets of seats are no more than theirs: the next generation gets its own.
+        let mut record = GenerationRecord::new(Plan { seat_groups: Vec::new(), ..plan });
         record.state = GenerationState::Active;
         for ((seat, place), (id, _)) in (0..).zip(&mut record.seats).zip(orphans) {
             place.worker = Some(*id);
@@ -86,7 +88,15 @@ impl Master {
         for (id, listeners) in orphans {
             self.adopt_listeners(*id, listeners, true);
         }
+        for (id, group) in &mut self.groups {
+            group.has_unseen = !self.listeners.values().any(|listener| listener.group == *id);
+        }
         self.aim(&[(generation, 1000)]);
+        // In which order they got their slots nobody knows any more.
+        if self.engine == Engine::Cbpf {
+            let groups: Vec<GroupId> = self.groups.keys().copied().collect();
+            groups.into_iter().for_each(|group| self.report(Report::SlotsUnsure(group)));
+        }
         self.report(Report::Launching(generation, Trigger::Orphans));
         self.report(Report::Adopted(orphans.len()));
         self.announce();

@@ -115,6 +115,7 @@ impl Master {
             group.slots.remove(leaving);
             group.work = Work::Idle;
         }
+        self.save();
         // At once, without another look: until the kernel is told, its program may name a slot that is no more.
         self.steer_slots(id);
     }

@@ -79,6 +79,13 @@ pub enum Command {
         /// Which key.
         key: u32,
     },
+    /// `ebpf`: empty all keys but these.
+    KeepKeys {
+        /// Whose array.
+        group: GroupId,
+        /// Which keys stay.
+        kept: Vec<u32>,
+    },
     /// `ebpf`: choose among these ranges from now on; none at all refuses new connections. Answer: `Steered`.
     Steer {
         /// Which group.

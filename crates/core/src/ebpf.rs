@@ -41,7 +41,9 @@ impl Master {
             return;
         }
         let wanted = InForce::Ranges(ranges.clone());
-        let is_new = group.in_force != wanted && !(target.is_empty() && group.in_force == InForce::Nothing);
+        // A program is attached through a listener, and names them.
+        let is_empty = target.is_empty() || !self.listeners.values().any(|listener| listener.group == id);
+        let is_new = group.in_force != wanted && !(is_empty && group.in_force == InForce::Nothing);
         if is_new {
             self.put_in_force(id, wanted, After::Steer);
             self.push(Command::Steer { group: id, ranges });
@@ -53,6 +55,7 @@ impl Master {
     /// The kernel does what is wanted: whatever that makes superfluous goes.
     pub(crate) fn tidy_keys(&mut self, id: GroupId) {
         if self.engine == Engine::Ebpf {
+            self.keep_keys(id);
             self.evict_dead(id);
             self.keep_anchor(id);
         }
@@ -110,6 +113,16 @@ impl Master {
         self.push(Command::Admit { listener: id, key });
     }
 
+    /// Takes what another master put there later than this memory is out of the array, now that it is not chosen.
+    fn keep_keys(&mut self, id: GroupId) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        if core::mem::take(&mut group.is_inherited) {
+            let of_group = self.listeners.values().filter(|listener| listener.group == id);
+            let kept = of_group.filter_map(|listener| listener.key).collect();
+            self.push(Command::KeepKeys { group: id, kept });
+        }
+    }
+
     /// Takes listeners that nobody accepts from out of the array, as long as somebody else can be chosen.
     fn evict_dead(&mut self, id: GroupId) {
         if self.choosable(id).is_empty() {
@@ -150,6 +163,8 @@ impl Master {
                 if let (None, Some(listener)) = (group.anchoring, candidate) {
                     group.anchoring = candidate;
                     self.push(Command::Anchor { listener });
+                    // It may fail.
+                    self.timers.arm_by(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
                 }
                 return;
             }

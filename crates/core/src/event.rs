@@ -45,7 +45,7 @@ pub enum Event {
     },
     /// Answer to `Save`.
     Saved,
-    /// No keeper was started yet, or it has ended.
+    /// There is no keeper of this program: none was started yet, or it has ended.
     KeeperMissing,
     /// The service manager wants a sign of life so often, or not at all.
     Supervised {

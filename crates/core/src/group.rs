@@ -108,6 +108,10 @@ pub(crate) struct Group {
     pub(crate) is_stale: bool,
     pub(crate) work: Work,
     pub(crate) in_force: InForce,
+    /// Orphans serve here, but no handle of any could be had.
+    pub(crate) has_unseen: bool,
+    /// `ebpf`: another master may have put listeners under keys that nothing is known of.
+    pub(crate) is_inherited: bool,
     /// `ebpf`: keys not confirmed yet.
     pub(crate) admitting: u32,
     /// `ebpf`: one of them was refused.
@@ -136,6 +140,8 @@ impl Group {
             is_stale: false,
             work: Work::Idle,
             in_force: InForce::Nothing,
+            has_unseen: false,
+            is_inherited: false,
             admitting: 0,
             admit_failed: None,
             looks: 0,

@@ -258,6 +258,7 @@ impl Master {
         self.report(Report::Switched(to));
         self.active = Some(to);
         self.forgive_exits();
+        self.groups.values_mut().for_each(|group| group.has_unseen = false);
         if let Some(record) = self.generations.get_mut(&to) {
             record.state = GenerationState::Active;
         }

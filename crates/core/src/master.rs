@@ -186,7 +186,7 @@ impl Master {
                 Timer::Group(group) => self.retry_group(group),
                 Timer::Settle(group) => self.look_at_handshakes(group),
                 Timer::Anchors => self.look_at_anchors(),
-                Timer::Watchdog(worker) => self.on_stuck(worker),
+                Timer::Watchdog(worker) => self.on_silence(worker),
                 Timer::Beat => self.beat(),
                 Timer::Preflight => self.on_preflight_timeout(),
                 Timer::Keeper => self.start_keeper(),

@@ -230,6 +230,9 @@ impl Master {
         listener.listens |= result.is_ok();
         let group = listener.group;
         self.note_slot(group);
+        if self.engine == Engine::Cbpf {
+            self.save();
+        }
         let Some(record) = self.workers.get(&worker) else { return };
         match (record.state, result) {
             (WorkerState::Joining { .. }, Ok(())) => self.all_listen(worker),

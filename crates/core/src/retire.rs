@@ -8,7 +8,7 @@ use crate::group::Group;
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, StopWhen};
-use crate::receipt::{Phase, PhaseTime, Receipt, ReceiptListener};
+use crate::receipt::{Phase, PhaseTime};
 use crate::timers::Timer;
 use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerKind, WorkerState};
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -327,6 +327,11 @@ impl Master {
         if let WorkerState::Stopping { told, drained: false } = worker.state {
             worker.state = WorkerState::Stopping { told: self.now, drained: true };
             self.let_listeners_go(id, told, true);
+            return;
+        }
+        // Unasked, as by a SIGTERM that was not ours: nobody accepts there any more.
+        for listener in self.listeners_of(id) {
+            self.on_owned(listener, false);
         }
     }
 
@@ -429,73 +434,5 @@ impl Master {
         }
         self.advance_launch();
         self.advance_upgrade();
-    }
-
-    // ---- the receipt ------------------------------------------------------------------------------------------
-
-    /// The receipt of the upgrade that replaces this generation.
-    fn receipt_of(&mut self, generation: Generation) -> Option<&mut Receipt> {
-        match &mut self.upgrade {
-            Some(upgrade) if upgrade.from == Some(generation) || upgrade.to == generation => {
-                Some(&mut upgrade.receipt)
-            }
-            Some(_) | None => self.generations.get_mut(&generation)?.receipt.as_mut(),
-        }
-    }
-
-    fn receipt_listener(&mut self, generation: Generation, group: GroupId) -> Option<&mut ReceiptListener> {
-        self.receipt_of(generation)?.listeners.iter_mut().find(|listener| listener.group == group)
-    }
-
-    /// The first look after the switch.
-    fn note_switch(&mut self, generation: Generation) {
-        let groups: Vec<GroupId> = self.groups.keys().copied().collect();
-        for group in groups {
-            let of_old =
-                self.listeners.values().filter(|l| l.group == group && l.generation == generation && !l.gone);
-            let depths: Vec<_> = of_old.map(|listener| listener.depth).collect();
-            let queued = depths.iter().map(|depth| depth.map(|depth| depth.queued)).sum::<Option<u32>>();
-            let drops = depths.iter().map(|depth| depth.and_then(|depth| depth.drops)).sum::<Option<u32>>();
-            let half_open =
-                self.groups.get(&group).map(|group| u32::try_from(group.half_open.len()).unwrap_or(u32::MAX));
-            if let Some(listener) = self.receipt_listener(generation, group) {
-                listener.queued_at_switch = queued;
-                listener.half_open_at_switch = half_open;
-                listener.listen_drops = drops;
-            }
-        }
-    }
-
-    /// Counters at the beginning (negated, so to speak) and at the end of an upgrade.
-    pub(crate) fn note_counters(&mut self, is_start: bool) {
-        let Some(upgrade) = self.upgrade.as_mut() else { return };
-        for listener in &mut upgrade.receipt.listeners {
-            let Some(group) = self.groups.get(&listener.group) else { continue };
-            if is_start {
-                listener.migrated = group.migrated;
-                listener.migrate_failures = group.migrate_failures;
-            } else {
-                let since = |end: Option<u64>, start: Option<u64>| Some(end?.saturating_sub(start?));
-                // The program's own counter began with the group at 0; the namespace's is older than the master.
-                listener.migrated = since(group.migrated, listener.migrated.or(Some(0)));
-                listener.migrate_failures = since(group.migrate_failures, listener.migrate_failures);
-            }
-        }
-    }
-
-    pub(crate) fn note_leftovers(&mut self, id: ListenerId, taken: u32, lost: u32) {
-        let Some((group, generation)) = self.listeners.get(&id).map(|l| (l.group, l.generation)) else {
-            return;
-        };
-        if let Some(listener) = self.receipt_listener(generation, group) {
-            listener.leftovers_taken += taken;
-            listener.leftovers_lost += lost;
-        }
-        if taken > 0 {
-            self.report(Report::LeftoversTaken(id, taken));
-        }
-        if lost > 0 {
-            self.report(Report::LeftoversLost(id, lost));
-        }
     }
 }

@@ -65,6 +65,10 @@ impl Master {
                 continue;
             }
             self.begin_settling(id);
+            // Of slots that several sockets left since the state was kept the next master could not know who has them.
+            if self.engine == Engine::Cbpf && self.saving {
+                return;
+            }
             match self.next_leaving(id) {
                 Some(listener) => self.begin_release(id, listener),
                 None => return,
@@ -157,7 +161,12 @@ impl Master {
     /// A listener that can leave now: one that was never chosen at any time, others as long as somebody serves.
     fn next_leaving(&self, id: GroupId) -> Option<ListenerId> {
         let group = self.groups.get(&id)?;
-        let someone_serves = group.target.is_empty() || !self.choosable(id).is_empty();
+        // Under `ebpf` one that is held, too: processes end before the master knows, and with the last of them and no
+        // handle the group would be gone.
+        let is_held = |l: &ListenerId| self.listeners.get(l).is_some_and(|l| l.handle);
+        let serves = |l: &ListenerId| self.engine != Engine::Ebpf || is_held(l);
+        let is_exempt = group.target.is_empty() || group.has_unseen;
+        let someone_serves = is_exempt || self.choosable(id).iter().any(serves);
         let leaving = self
             .listeners
             .iter()

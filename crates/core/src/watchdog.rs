@@ -4,17 +4,29 @@ use crate::command::{Command, Notice, Reason, Report, Signal};
 use crate::id::WorkerId;
 use crate::master::Master;
 use crate::timers::Timer;
+use crate::worker::LOOK_PAUSE;
 use core::time::Duration;
 
 impl Master {
     /// The worker lives until this long from now, if its generation has a watchdog and it was ready once.
     pub(crate) fn feed(&mut self, id: WorkerId) {
-        let Some(worker) = self.workers.get(&id) else { return };
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.silent = false;
         let plan = self.generations.get(&worker.generation).map(|record| &record.plan);
         let timeout = plan.and_then(|plan| plan.watchdog);
         if let Some(timeout) = timeout.filter(|_| !worker.state.is_starting() && !worker.state.is_ending()) {
             self.timers.arm(Timer::Watchdog(id), self.now.after(timeout));
         }
+    }
+
+    /// No sign of life in time. When the master itself was held up, it may wait unread: what waits is read first.
+    pub(crate) fn on_silence(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if worker.silent {
+            return self.on_stuck(id);
+        }
+        worker.silent = true;
+        self.timers.arm(Timer::Watchdog(id), self.now.after(LOOK_PAUSE));
     }
 
     /// No sign of life, or the worker itself says that it is stuck. One that was told to end has its deadline anyway.
@@ -31,7 +43,8 @@ impl Master {
 
     /// The service manager wants a sign of life this often, or none at all.
     pub(crate) fn on_supervised(&mut self, every: Option<Duration>) {
-        self.beat = every;
+        // More often than that nobody can want it; never at all would be to say it for ever.
+        self.beat = every.map(|every| every.max(LOOK_PAUSE));
         self.timers.disarm(Timer::Beat);
         self.beat();
     }

@@ -109,6 +109,8 @@ pub(crate) struct Worker {
     pub(crate) spawned: Time,
     /// A handover worker has been told to serve.
     pub(crate) told_serve: bool,
+    /// It gave no sign of life in time, as far as has been read.
+    pub(crate) silent: bool,
     /// Requests it has answered in a row.
     pub(crate) passes: u16,
     /// What was missing when its listeners were last looked for.
@@ -128,6 +130,7 @@ impl Worker {
             kind: None,
             spawned: now,
             told_serve: false,
+            silent: false,
             passes: 0,
             missing: None,
             pause: LOOK_PAUSE,

@@ -26,6 +26,15 @@ pub fn processes() -> io::Result<u64> {
     inode("pid")
 }
 
+/// Whether a process is in this network namespace and in this pid namespace.
+///
+/// # Errors
+/// When there is no such process, or its namespaces can't be looked at (another user's, without CAP_SYS_PTRACE).
+pub fn is_shared_with(pid: i32) -> io::Result<bool> {
+    let of = |kind: &str| Ok::<_, io::Error>(rustix::fs::stat(format!("/proc/{pid}/ns/{kind}"))?.st_ino);
+    Ok(of("net")? == network()? && of("pid")? == processes()?)
+}
+
 fn inode(kind: &str) -> io::Result<u64> {
     // The thread's own view: a thread may be in another namespace than its process.
     Ok(rustix::fs::stat(format!("/proc/thread-self/ns/{kind}"))?.st_ino)

@@ -145,8 +145,9 @@ const ENVIRONMENT_BYTES_MAX: u64 = 1024 * 1024;
 /// empty.
 ///
 /// # Errors
-/// EACCES for a process of another user or one that isn't dumpable (CAP_SYS_PTRACE is the remedy), ENOENT or ESRCH
-/// when it has ended (older kernels show an empty one until it is reaped), `FileTooLarge` above 1 MiB.
+/// EACCES for a process of another user or one that isn't dumpable (CAP_SYS_PTRACE is the remedy), `FileTooLarge`
+/// above 1 MiB. For one that has ended ENOENT, or, until it is reaped, ESRCH, EACCES or an empty one, as the kernel
+/// likes.
 pub fn environment(pid: i32) -> io::Result<Vec<(OsString, OsString)>> {
     let mut block = Vec::new();
     let file = fs::File::open(format!("/proc/{pid}/environ"))?;

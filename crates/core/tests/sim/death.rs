@@ -1,7 +1,7 @@
 //! The master is killed, at any step. For a while nobody handles anything; then the next one takes its place, with what
 //! the keeper has: a memory that may be somewhat older than what is, and handles.
 
-use crate::kernel::{Holder, Stage};
+use crate::kernel::Holder;
 use crate::protocol::Protocol;
 use crate::twin::{read, written};
 use crate::world::{Happening, MS, World};
@@ -9,7 +9,7 @@ use reuseportd_core::{Event, Exit, Generation, GroupId, ListenerId, Master, Plan
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Where processes go that nobody knows any more.
-const FORGOTTEN: u32 = 1_000_000;
+pub(crate) const FORGOTTEN: u32 = 1_000_000;
 
 /// What the keeper has.
 pub(crate) struct Saved {
@@ -64,9 +64,13 @@ impl World {
             Happening::Deliver(event) => !matches!(**event, Event::Preflighted { .. } | Event::Proved { .. }),
             _ => true,
         });
-        let Some(saved) = &self.saved else { return };
+        if self.rng.permille(200) {
+            self.lose_keeper();
+        }
+        let none = BTreeSet::new();
+        let handles = self.saved.as_ref().map_or(&none, |saved| &saved.handles);
         let held = self.kernel.sockets.iter().filter(|(_, s)| s.holders.contains(&Holder::Master));
-        let unsaved: Vec<ListenerId> = held.map(|(id, _)| *id).filter(|id| !saved.handles.contains(id)).collect();
+        let unsaved: Vec<ListenerId> = held.map(|(id, _)| *id).filter(|id| !handles.contains(id)).collect();
         for listener in unsaved {
             self.kernel.lose(listener, Holder::Master, &mut self.rng);
         }
@@ -76,7 +80,7 @@ impl World {
 
     /// The next master goes on with what the keeper has.
     pub(crate) fn restart(&mut self) {
-        let Some(saved) = self.saved.take() else { return };
+        let Some(saved) = self.saved.take() else { return self.find_orphans() };
         self.trace(format_args!("-- the next master"));
         self.dead = false;
         self.kernel.is_adopted = true;
@@ -96,9 +100,6 @@ impl World {
         self.plan.clone_from(&saved.plan);
         self.plans.clone_from(&saved.plans);
         self.oracle.adopted(saved.protocol.clone(), (0..self.groups).map(GroupId));
-        for group in (0..self.groups).map(GroupId) {
-            self.kernel.keep_keys(group, &self.master.keys(group));
-        }
         let is_held = |id: &ListenerId| self.kernel.sockets[id].holders.contains(&Holder::Master);
         let lost: Vec<ListenerId> = saved.handles.iter().copied().filter(|id| !is_held(id)).collect();
         self.upkeep.tally.lost_handles += lost.len() as u64;
@@ -128,7 +129,7 @@ impl World {
     }
 
     /// A process of which the keeper's memory knows nothing is killed, and its number given out again.
-    fn forget_process(&mut self, id: WorkerId) {
+    pub(crate) fn forget_process(&mut self, id: WorkerId) {
         self.trace(format_args!("  {id:?} is unknown"));
         let forgotten = WorkerId(FORGOTTEN + u32::try_from(self.workers.len()).unwrap_or(0));
         self.set(id, |w| (w.runs, w.child, w.told, w.reaped) = (false, false, true, true));
@@ -153,7 +154,14 @@ impl World {
         for socket in self.kernel.sockets.values_mut() {
             let users = socket.users.iter_mut().chain(&mut socket.owner);
             users.filter(|user| **user == id).for_each(|user| *user = forgotten);
-            assert!(socket.owner != Some(forgotten) || socket.stage == Stage::Gone, "{socket:?}");
+            // It may have shared the socket.
+            let heir = socket.holders.iter().find_map(|holder| match holder {
+                Holder::Leader(id) => Some(*id),
+                _ => None,
+            });
+            if socket.owner == Some(forgotten) && let Some(heir) = heir {
+                socket.owner = Some(heir);
+            }
         }
     }
 }

@@ -80,6 +80,8 @@ pub(crate) struct Group {
     by_age: Vec<ListenerId>,
     pub(crate) program: Program,
     keys: BTreeMap<u32, ListenerId>,
+    /// The array and its program belong to a master of which nothing is left.
+    pub(crate) is_foreign: bool,
     migrated: u64,
 }
 
@@ -90,6 +92,7 @@ impl Default for Group {
             by_age: Vec::new(),
             program: Program::Hash,
             keys: BTreeMap::new(),
+            is_foreign: false,
             migrated: 0,
         }
     }
@@ -236,6 +239,8 @@ impl Kernel {
 
     /// `ebpf`: a socket has one key at most, and must listen; who was under the key before is there no more.
     pub(crate) fn admit(&mut self, listener: ListenerId, key: u32) -> Result<(), i32> {
+        let group = self.sockets.get(&listener).ok_or(EINVAL)?.group;
+        self.make_array(group);
         let socket = self.sockets.get_mut(&listener).ok_or(EINVAL)?;
         if socket.stage != Stage::Listening {
             return Err(EINVAL);
@@ -258,13 +263,19 @@ impl Kernel {
         Ok(())
     }
 
+    /// The first thing put into an array makes it, and attaches its program, which names nobody yet.
+    pub(crate) fn make_array(&mut self, group: GroupId) {
+        if std::mem::take(&mut self.group(group).is_foreign) {
+            self.keep_keys(group, &[]);
+            self.group(group).program = Program::Hash;
+        }
+    }
+
     /// Empties every key but these.
-    pub(crate) fn keep_keys(&mut self, group: GroupId, kept: &[(u32, ListenerId)]) {
-        let keys = self.group(group).keys.clone();
-        for (key, listener) in keys {
-            if !kept.contains(&(key, listener)) {
-                self.evict(group, key);
-            }
+    pub(crate) fn keep_keys(&mut self, group: GroupId, kept: &[u32]) {
+        let keys: Vec<u32> = self.group(group).keys.keys().copied().collect();
+        for key in keys.into_iter().filter(|key| !kept.contains(key)) {
+            self.evict(group, key);
         }
     }
 

@@ -8,6 +8,7 @@ mod death;
 mod facts;
 mod kernel;
 mod oracle;
+mod orphans;
 mod outside;
 mod protocol;
 mod rng;
@@ -158,7 +159,8 @@ impl World {
         let seats = u32::from(self.plans[&active].workers);
         let mut serving = 0;
         for (id, worker) in &self.workers {
-            let serves = worker.runs && worker.mute.is_none() && worker.generation == active && self.oracle.protocol.is_serving(*id);
+            let hangs = worker.mute.is_some() && self.plans[&worker.generation].watchdog.is_some();
+            let serves = worker.runs && !hangs && worker.generation == active && self.oracle.protocol.is_serving(*id);
             serving += u32::from(serves);
             if !serves && (worker.runs || worker.child || !worker.reaped) {
                 return Some(format!("{id:?} lives: {worker:?}"));

@@ -47,7 +47,11 @@ pub(crate) struct Oracle {
     admitted: BTreeMap<ListenerId, u32>,
     pub(crate) tally: Tally,
     /// A master that was killed had begun to stop, and the next one does not know it; until it steers.
-    refusing: BTreeSet<GroupId>,
+    pub(crate) refusing: BTreeSet<GroupId>,
+    /// No master holds them: where the kernel does not move what waits there, it goes with the last process.
+    pub(crate) doomed: BTreeSet<ListenerId>,
+    /// Where a master found processes, but could get no handle: it can't steer there before the next switch.
+    pub(crate) loose: BTreeSet<GroupId>,
     /// Handles that came too late, and go back at once.
     pub(crate) unwanted: BTreeSet<ListenerId>,
     deadline_handled: bool,
@@ -90,6 +94,8 @@ impl Oracle {
             admitted: BTreeMap::new(),
             tally: Tally::default(),
             refusing: BTreeSet::new(),
+            doomed: BTreeSet::new(),
+            loose: BTreeSet::new(),
             unwanted: BTreeSet::new(),
             deadline_handled: false,
         }
@@ -127,6 +133,10 @@ impl Oracle {
         workers: &Workers,
     ) {
         if let Report::Launching(generation, _) = report {
+            // Orphans serve already.
+            if self.protocol.active() == Some(*generation) {
+                return;
+            }
             let Some(plan) = latest else { panic!("{generation:?} is launched, but nobody asked") };
             plans.insert(*generation, plan.clone());
         }
@@ -139,6 +149,7 @@ impl Oracle {
             *self.admitted.entry(*listener).or_default() += count;
         }
         if let Report::Switched(generation) = report {
+            self.loose.clear();
             for group in &plans[generation].groups {
                 // Slots may have come to mean other listeners, so that no new program was needed.
                 self.steered(*group, kernel, workers);
@@ -172,9 +183,24 @@ impl Oracle {
         }
     }
 
+    /// A master that knows nothing but these processes: they are one generation from here on.
+    pub(crate) fn orphaned(&mut self, protocol: Protocol, groups: impl Iterator<Item = GroupId>) {
+        self.protocol = protocol;
+        self.deadline_handled = false;
+        for group in groups {
+            self.steered.insert(group, self.protocol.active().into_iter().collect());
+            self.refusing.insert(group);
+            if self.engine == Engine::Cbpf {
+                self.disturbed.insert(group, false);
+            }
+        }
+    }
+
     /// A program was put in force.
     pub(crate) fn steered(&mut self, group: GroupId, kernel: &Kernel, workers: &Workers) {
-        self.refusing.remove(&group);
+        if kernel.groups.get(&group).is_some_and(|group| group.program != Program::Hash) {
+            self.refusing.remove(&group);
+        }
         if self.unsure.contains(&group) {
             return;
         }
@@ -240,14 +266,15 @@ impl Oracle {
         let promised = self.engine != Engine::None && self.protocol.promises(group);
         let (listener, hashed) = match choice {
             Choice::Refused => {
-                assert!(!promised || self.refusing.contains(&group), "connection {connection} to {group:?} was refused");
+                let is_promised = promised && !self.refusing.contains(&group) && !self.loose.contains(&group);
+                assert!(!is_promised, "connection {connection} to {group:?} was refused");
                 return;
             }
             Choice::Named(listener) => (listener, false),
             Choice::Hashed(listener) => (listener, true),
         };
-        let mut excused = !promised;
-        if promised {
+        let mut excused = !promised || self.loose.contains(&group);
+        if !excused {
             let socket = &kernel.sockets[&listener];
             let of = self.generations(socket, workers);
             let is_right = of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket);
@@ -281,10 +308,11 @@ impl Oracle {
         kernel: &Kernel,
         workers: &Workers,
     ) -> Stray {
-        let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
-            return Stray::Forbidden;
-        };
         let socket = &kernel.sockets[&listener];
+        let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
+            // Before a master that found only processes has steered, the kernel chooses among all.
+            return if self.refusing.contains(&group) { Stray::Excused } else { Stray::Forbidden };
+        };
         let last = self.last_worker(socket, workers);
         let Some((id, owner)) = last.map(|id| (id, &workers[&id])) else {
             let is_blind = self.disturbed.contains_key(&group) || self.protocol.steer_failed(group);
@@ -320,6 +348,10 @@ impl Oracle {
     pub(crate) fn lost(&mut self, loss: Loss, now: u64, kernel: &Kernel, workers: &Workers) {
         let Some(client) = self.clients.remove(&loss.connection) else { return };
         let socket = &kernel.sockets[&loss.listener];
+        if self.doomed.contains(&loss.listener) || self.unsure.contains(&socket.group) {
+            self.tally.excused += 1;
+            return;
+        }
         if let Some(seat) = socket.seat.filter(|seat| kernel.is_latest(loss.listener, *seat)) {
             assert!(!self.protocol.keeps(socket.group, seat), "{loss:?} from {seat:?}: {socket:?}");
         }
@@ -376,6 +408,7 @@ impl Oracle {
     fn has_taker(&self, group: GroupId, workers: &Workers) -> bool {
         let serves = |id: &WorkerId, worker: &Worker| {
             worker.temper.handover
+                && !worker.orphan
                 && worker.serves
                 && worker.runs
                 && self.is_steered_to(group, worker.generation)

@@ -31,6 +31,25 @@ struct Life {
     reaped: bool,
 }
 
+impl Life {
+    fn new(generation: Generation, seat: Seat, now: u64) -> Life {
+        Life {
+            generation,
+            seat,
+            answered: None,
+            spawned: now,
+            ready: false,
+            passes: 0,
+            asked: None,
+            stopped: None,
+            replaced: false,
+            killed: false,
+            exited: None,
+            reaped: false,
+        }
+    }
+}
+
 /// A seat's respawns.
 #[derive(Clone, Copy, Debug, Default)]
 struct Respawns {
@@ -83,6 +102,19 @@ impl Protocol {
             ended: BTreeSet::new(),
             first_failed: false,
         }
+    }
+
+    /// Nothing is known but that these processes serve.
+    pub(crate) fn orphaned(engine: Engine, generation: Generation, plan: Plan, workers: &[WorkerId], now: u64) -> Protocol {
+        let mut protocol = Protocol::new(engine);
+        for (seat, worker) in (0..).map(Seat).zip(workers) {
+            let life = Life { answered: Some(true), ready: true, ..Life::new(generation, seat, now) };
+            protocol.lives.insert(*worker, life);
+        }
+        protocol.plans.insert(generation, plan);
+        protocol.served.insert(generation);
+        protocol.active = Some(generation);
+        protocol
     }
 
     /// Another master goes on with this memory: clients are gone, and the service manager has heard nothing of it.
@@ -246,6 +278,7 @@ impl Protocol {
                 assert!(before.is_none(), "{command:?}, but there is {before:?}");
             }
             Command::Evict { .. }
+            | Command::KeepKeys { .. }
             | Command::Anchor { .. }
             | Command::Owns { .. }
             | Command::Observe { .. }
@@ -299,21 +332,7 @@ impl Protocol {
                 "{seat:?} of {generation:?} was respawned before its pause was over"
             );
         }
-        let life = Life {
-            generation,
-            seat,
-            answered: None,
-            spawned: now,
-            ready: false,
-            passes: 0,
-            asked: None,
-            stopped: None,
-            replaced: false,
-            killed: false,
-            exited: None,
-            reaped: false,
-        };
-        self.lives.insert(worker, life);
+        self.lives.insert(worker, Life::new(generation, seat, now));
     }
 
     /// A worker of the generation that serves is left alone, unless the service ends or it broke by itself.

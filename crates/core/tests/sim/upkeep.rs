@@ -41,6 +41,7 @@ pub(crate) struct Tally {
     pub(crate) stuck: u64,
     pub(crate) deaths: u64,
     pub(crate) lost_handles: u64,
+    pub(crate) orphaned: u64,
     pub(crate) orphans: u64,
 }
 
@@ -53,19 +54,25 @@ impl Tally {
         self.stuck += other.stuck;
         self.deaths += other.deaths;
         self.lost_handles += other.lost_handles;
+        self.orphaned += other.orphaned;
         self.orphans += other.orphans;
     }
 
     /// Whether everything happened.
     pub(crate) fn is_complete(&self) -> bool {
-        let Tally { images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphans } = *self;
-        [images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphans].iter().all(|n| *n > 0)
+        let Tally { images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphaned, orphans } = *self;
+        [images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphaned, orphans].iter().all(|n| *n > 0)
     }
 }
 
 impl Upkeep {
     pub(crate) fn is_quiet(&self) -> bool {
         self.tickets.is_empty() && self.preflight.is_none() && self.keeper
+    }
+
+    /// It was killed together with the master.
+    pub(crate) fn forget_keeper(&mut self) {
+        (self.keeper, self.streak, self.started, self.not_before) = (false, 0, None, None);
     }
 
     /// The master is gone, and with it whoever waited for it.

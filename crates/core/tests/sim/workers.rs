@@ -45,6 +45,8 @@ pub(crate) struct Worker {
     pub(crate) told: bool,
     /// It is no child of the present master.
     pub(crate) adopted: bool,
+    /// Nobody reads what it says.
+    pub(crate) orphan: bool,
     /// It hangs since then.
     pub(crate) mute: Option<u64>,
     pub(crate) serves: bool,
@@ -86,6 +88,7 @@ impl World {
             reaped: false,
             told: false,
             adopted: false,
+            orphan: false,
             mute: None,
             serves: false,
             stops: false,

@@ -49,6 +49,7 @@ pub(crate) struct World {
     pub(crate) kernel: Kernel,
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
     pub(crate) oracle: Oracle,
+    pub(crate) engine: Engine,
     pub(crate) master: Master,
     /// What each generation was launched from.
     pub(crate) plans: BTreeMap<Generation, Plan>,
@@ -100,6 +101,7 @@ impl World {
             kernel,
             workers: BTreeMap::new(),
             oracle: Oracle::new(engine),
+            engine,
             master: Master::new(engine),
             plans: BTreeMap::new(),
             plan: None,
@@ -214,7 +216,8 @@ impl World {
                 self.kernel.close(*listener, Holder::Flight, &mut self.rng);
             }
         }
-        if sender(&event).is_none_or(|worker| !self.workers[&worker].reaped) {
+        let is_heard = |worker: WorkerId| !self.workers[&worker].reaped && !self.workers[&worker].orphan;
+        if sender(&event).is_none_or(is_heard) {
             self.tell(event);
         }
     }
@@ -334,6 +337,7 @@ impl World {
             | Command::Listen { .. }
             | Command::Admit { .. }
             | Command::Evict { .. }
+            | Command::KeepKeys { .. }
             | Command::Steer { .. }
             | Command::Attach { .. }
             | Command::Anchor { .. }
@@ -380,6 +384,7 @@ impl World {
                 self.oracle.steered(group, &self.kernel, &self.workers);
                 self.answer(Event::Admitted { listener, result });
             }
+            Command::KeepKeys { group, kept } => self.kernel.keep_keys(group, &kept),
             Command::Evict { group, key } => self.kernel.evict(group, key),
             Command::Steer { group, ranges } => self.put_in_force(group, Program::Ranges(ranges)),
             Command::Attach { group, shares } => self.put_in_force(group, Program::Slots(shares)),
@@ -418,6 +423,7 @@ impl World {
             result = Err(2);
         }
         if result.is_ok() {
+            self.kernel.make_array(group);
             self.kernel.group(group).program = program;
             self.oracle.steered(group, &self.kernel, &self.workers);
         }
