@@ -18,7 +18,7 @@ use crate::keeper::program::fetch;
 use crate::support::app::App;
 use crate::support::load::{Load, spec};
 use crate::support::master::{Master, REUSEPORTD};
-use crate::support::process::{keepers_of, kill, processes_of, signal, wait_gone};
+use crate::support::process::{keepers_of, kill, processes_of, wait_gone};
 use crate::support::world::{Need, World, needs_of, repository, world};
 use crate::support::{PATIENCE, rounds};
 
@@ -39,9 +39,8 @@ fn replaced(master: &mut Master, orphans: &[u32]) -> Receipt {
     let mark = master.upstream.mark();
     master.restart();
     assert!(master.upstream.wait(mark, "READY=1", PATIENCE).is_some(), "never ready:\n{}", master.log());
-    let status = master.wait_status("steady", |status| {
-        status.state == MasterState::Steady && status.generations.len() == 1
-    });
+    let status = master
+        .wait_status("steady", |status| status.state == MasterState::Steady && status.generations.len() == 1);
     assert!(status.master.adopted, "{status:#?}");
     let receipt = status.last_upgrade.expect("every upgrade leaves a receipt");
     assert_eq!((receipt.outcome, receipt.trigger), (Outcome::Completed, Trigger::Orphans), "{receipt:#?}");
@@ -56,11 +55,17 @@ fn killed_with_the_keeper(mode: &str, engine: &'static str) {
     world(needs_of(engine), |world| {
         let mut master = Master::start(world, &busy(world, mode, engine));
         let load = Load::start(many(world));
-        for round in 0..rounds(1, 5) {
-            let orphans = master.serving();
+        // Under `cbpf` which slot is whose is known of the first generation only: its listeners sit there by age.
+        let rounds = if engine == "ebpf" { rounds(1, 5) } else { 1 };
+        for round in 0..rounds {
+            // Some that drain may be among them.
+            let orphans: Vec<u32> = processes_of(&world.app).iter().map(|process| process.pid).collect();
+            let serving = master.serving();
             kill_with_keeper(world, &mut master);
             load.answered(300);
-            assert_eq!(processes_of(&world.app).len(), orphans.len(), "a worker went with its master");
+            let left = processes_of(&world.app);
+            let lives = |pid: &u32| left.iter().any(|process| process.pid == *pid);
+            assert!(serving.iter().all(lives), "a worker went with its master: {serving:?} {left:?}");
             let receipt = replaced(&mut master, &orphans);
             assert_eq!(receipt.to, Some(2 * round + 2));
             load.answered_by(2 * round + 2);
@@ -87,7 +92,9 @@ fn killed_with_the_keeper_unmodified_cbpf() {
 #[test]
 fn killed_with_the_keeper_the_other_kinds() {
     if rounds(0, 1) == 1 {
-        for (mode, engine) in [("sdk", "cbpf"), ("plain", "ebpf"), ("activated", "ebpf"), ("activated", "cbpf")] {
+        for (mode, engine) in
+            [("sdk", "cbpf"), ("plain", "ebpf"), ("activated", "ebpf"), ("activated", "cbpf")]
+        {
             killed_with_the_keeper(mode, engine);
         }
     }
@@ -97,7 +104,10 @@ fn killed_with_the_keeper_the_other_kinds() {
 fn printer(world: &World, engine: &'static str) -> App {
     let program = repository("examples/echo.py");
     let port = world.address.port().to_string();
-    App::new(world, ["python3", program.to_str().unwrap(), &port]).readiness("listen").engine(engine).workers(1)
+    App::new(world, ["python3", program.to_str().unwrap(), &port])
+        .readiness("listen")
+        .engine(engine)
+        .workers(1)
 }
 
 /// Lines about connections that came out of the masters.
@@ -167,7 +177,7 @@ fn orphans_are_found_without_a_journal() {
             fs::write(path, &text[..text.len() / 2]).unwrap();
         };
         let removed = |path: &Path| fs::remove_file(path).unwrap();
-        let ways: [(&dyn Fn(&Path), _); 2] = [(&torn, "it is cut off or damaged"), (&removed, "")];
+        let ways: [(fn(&Path), _); 2] = [(torn, "it is cut off or damaged"), (removed, "")];
         for (change, said) in ways {
             let mut master = Master::start(world, &App::test_worker(world, "--mode plain"));
             let orphans = master.serving();
@@ -221,7 +231,8 @@ fn start_with(world: &World, plant: impl FnOnce(&Path, Value)) -> (bool, String)
     fs::create_dir_all(world.path("run")).unwrap();
     plant(&journal_of(world), journal_with(bystander.entry()));
     let mut master = Master::start(world, &App::test_worker(world, "--mode sdk").workers(1));
-    master.wait_status("steady", |status| status.state == MasterState::Steady && status.generations.len() == 1);
+    master
+        .wait_status("steady", |status| status.state == MasterState::Steady && status.generations.len() == 1);
     let log = master.log();
     master.signal(Signal::TERM);
     assert_eq!(master.wait_end(PATIENCE), Some(0));
@@ -234,7 +245,10 @@ fn what_a_journal_says_of_others_is_not_believed() {
     world(&[Need::Root], |world| {
         let write = |path: &Path, journal: &Value| fs::write(path, journal.to_string()).unwrap();
         // A process that is what the journal says is taken for a worker, and replaced: so this can be seen.
-        assert!(!start_with(world, |path, journal| write(path, &journal)).0, "this journal could be believed");
+        assert!(
+            !start_with(world, |path, journal| write(path, &journal)).0,
+            "this journal could be believed"
+        );
 
         type Change = (&'static str, Value, &'static str);
         let changes: [Change; 6] = [
@@ -297,7 +311,11 @@ fn a_newer_journal_is_refused_and_a_newer_state_passed_over() {
         journal["by"] = json!("9.9.9");
         fs::write(journal_of(world), journal.to_string()).unwrap();
         for _ in 0..2 {
-            let said = ["was written by version 9.9.9, whose form 2", "its workers serve on", "`stop --left-behind`"];
+            let said = [
+                "was written by version 9.9.9, whose form 2",
+                "its workers serve on",
+                "`stop --left-behind`",
+            ];
             refused(world, &mut master, Command::new(REUSEPORTD), &said);
         }
         let done = master.cli("stop --left-behind");
@@ -340,7 +358,12 @@ fn workers_in_other_namespaces_are_left_alone() {
         let workers = master.serving();
         master.kill();
         let remedy = "`reuseportd stop --left-behind`";
-        refused(world, &mut master, in_network(), &["ran in another network namespace; start it there", remedy]);
+        refused(
+            world,
+            &mut master,
+            in_network(),
+            &["ran in another network namespace; start it there", remedy],
+        );
         refused(world, &mut master, in_pids(), &["in another pid namespace", remedy]);
         master.restart();
         master.wait_adopted();
@@ -350,7 +373,10 @@ fn workers_in_other_namespaces_are_left_alone() {
         let lines = master.log().lines().count();
         refused(world, &mut master, in_network(), &[]);
         let log: Vec<String> = master.log().lines().skip(lines).map(str::to_owned).collect();
-        assert!(log.iter().any(|line| line.contains("ran in another network namespace; start it there")), "{log:?}");
+        assert!(
+            log.iter().any(|line| line.contains("ran in another network namespace; start it there")),
+            "{log:?}"
+        );
         replaced(&mut master, &workers);
         master.stop();
     });
@@ -362,10 +388,10 @@ fn the_same_path_in_a_container_is_another_ones() {
         // A process as a container's workers are for the host: same variables, other namespaces.
         let like_a_worker = |namespace: &str| {
             let mut command = Command::new("unshare");
-            command.args([namespace, "--fork", "sleep", "1000"]);
-            command.env("NOTIFY_SOCKET", world.path("run/control.sock.notify"));
-            command.env("REUSEPORTD_GENERATION", "1").env("REUSEPORTD_SEAT", "0");
-            Bystander(command.process_group(0).stdout(Stdio::null()).spawn().unwrap())
+            let socket = format!("NOTIFY_SOCKET={}", world.path("run/control.sock.notify").display());
+            let variables = [&socket, "REUSEPORTD_GENERATION=1", "REUSEPORTD_SEAT=0"];
+            command.args([namespace, "--fork", "setsid", "env"]).args(variables).args(["sleep", "1000"]);
+            Bystander(command.process_group(0).stderr(Stdio::null()).spawn().unwrap())
         };
         let mut others = ["--net", "--pid"].map(like_a_worker);
         let children = |of: &Bystander| {
@@ -373,7 +399,9 @@ fn the_same_path_in_a_container_is_another_ones() {
             fs::read_to_string(path).unwrap_or_default().trim().parse::<u32>().ok()
         };
         let deadline = Instant::now() + PATIENCE;
-        while others.iter().any(|other| children(other).is_none()) {
+        let is_up =
+            |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|is| is.starts_with(b"sleep\0"));
+        while !others.iter().all(|other| children(other).is_some_and(is_up)) {
             assert!(Instant::now() < deadline, "they do not start");
         }
         let inner: Vec<u32> = others.iter().filter_map(children).collect();
@@ -394,7 +422,11 @@ fn files_of_others_in_a_common_directory_are_left_alone() {
         fs::create_dir(&run).unwrap();
         fs::set_permissions(&run, fs::Permissions::from_mode(0o1777)).unwrap();
         let mut bystander = Bystander::start();
-        let planted = [journal_of(world), world.path("run/control.sock.keeper"), world.path("run/control.sock.journal.new")];
+        let planted = [
+            journal_of(world),
+            world.path("run/control.sock.keeper"),
+            world.path("run/control.sock.journal.new"),
+        ];
         fs::write(&planted[0], journal_with(bystander.entry()).to_string()).unwrap();
         let _listener = std::os::unix::net::UnixListener::bind(&planted[1]).unwrap();
         fs::write(&planted[2], "of another user").unwrap();
@@ -411,7 +443,12 @@ fn files_of_others_in_a_common_directory_are_left_alone() {
         let mut master = Master::start_as(world, &app, program, UID);
         // It can neither write a journal nor have a keeper, says so, and serves.
         let log = master.log();
-        for said in ["event=\"journal_unused\"", "event=\"not_saved\"", "event=\"no_keeper\"", "is not used: it belongs to user"] {
+        for said in [
+            "event=\"journal_unused\"",
+            "event=\"not_saved\"",
+            "event=\"no_keeper\"",
+            "is not used: it belongs to user",
+        ] {
             assert!(log.contains(said), "{said}: {log}");
         }
         master.upgrade();
@@ -425,9 +462,8 @@ fn files_of_others_in_a_common_directory_are_left_alone() {
 }
 
 #[test]
-fn nothing_is_done_about_a_silent_start_twice() {
+fn a_start_that_fails_leaves_what_it_found_to_the_next() {
     world(&[], |world| {
-        // A start that fails leaves what it found to the next one.
         let app = App::test_worker(world, "--mode sdk");
         let mut master = Master::start(world, &app);
         let orphans = master.serving();
@@ -436,7 +472,6 @@ fn nothing_is_done_about_a_silent_start_twice() {
         master.restart();
         assert_eq!(master.wait_end(PATIENCE), Some(2), "{}", master.log());
         assert!(journal_of(world).exists());
-        signal(orphans[0], Signal::CONT);
         assert_eq!(processes_of(&world.app).len(), orphans.len());
         app.write();
         replaced(&mut master, &orphans);

@@ -22,7 +22,8 @@
 //! are told; `end`. The connection is the keeper's channel from then on. Only root and the keeper's own user are
 //! answered.
 //!
-//! Without a master the keeper stays as long as one of the processes behind its `pidfd/...` lives.
+//! Without a master the keeper stays as long as one of the processes behind its `pidfd/...` lives, and sees to it that
+//! none of its `log/...` runs full, for a worker that can't print stops: what was printed last is kept.
 
 mod client;
 mod fetch;
@@ -49,6 +50,8 @@ const READY: &str = "ready";
 const BACKLOG: i32 = 16;
 /// Names of processes: the keeper stays for them.
 const PIDFD_PREFIX: &str = "pidfd/";
+/// Names of pipes that are not to run full while there is no master.
+const LOG_PREFIX: &str = "log/";
 /// The version of the answer to `fetch`.
 const VERSION: &str = "1";
 

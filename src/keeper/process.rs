@@ -10,17 +10,20 @@ use nix::sys::signal::SigSet;
 use reuseportd_sys::image::take_carried;
 use reuseportd_sys::socket::{self, FDS_MAX, Received};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ioctl_fionread;
 use rustix::net::SocketFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::pipe::fcntl_getpipe_size;
 use rustix::process::{Resource, getrlimit};
 
 use super::words::{DATAGRAM_BYTES_MAX, is_name, join, split};
-use super::{BACKLOG, CHANNEL_NUMBER, LISTENER_NUMBER, PIDFD_PREFIX, READY, VERSION};
+use super::{BACKLOG, CHANNEL_NUMBER, LISTENER_NUMBER, LOG_PREFIX, PIDFD_PREFIX, READY, VERSION};
 
 /// How long a master may leave an answer unread while its buffer is full.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long nobody is let in after that has failed (memory or descriptors have run out).
-const DEAF_FOR: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How long nobody is let in after that has failed (memory or descriptors have run out), and how often it is looked
+/// whether workers have room to print.
+const LOOK_AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// Connections that have not become the channel; the oldest leaves first.
 const KNOCKING_MAX: usize = 8;
 /// Descriptors that are left for everything but holding: those of one message, connections, the standard ones.
@@ -105,6 +108,7 @@ impl Keeping {
 
     fn run(&mut self) -> io::Result<()> {
         while !self.is_dismissed && (self.channel.is_some() || self.living().next().is_some()) {
+            self.make_room();
             match self.wait()? {
                 Some(Wake::Channel) => self.hear(),
                 Some(Wake::Knocking(nth)) => self.hear_knocking(nth),
@@ -116,6 +120,29 @@ impl Keeping {
             }
         }
         Ok(())
+    }
+
+    /// Without a master nobody reads what workers print, and a worker that can't print stops: of a pipe that is nearly
+    /// full the older part goes.
+    fn make_room(&self) {
+        for log in self.logs() {
+            let size = fcntl_getpipe_size(log).unwrap_or(usize::MAX);
+            let waiting = ioctl_fionread(log).map_or(0, |bytes| usize::try_from(bytes).unwrap_or(0));
+            let mut surplus = if waiting > size / 4 * 3 { waiting - size / 2 } else { 0 };
+            let mut buffer = [0; 4096];
+            while surplus > 0 {
+                match rustix::io::read(log, &mut buffer) {
+                    Ok(bytes @ 1..) => surplus = surplus.saturating_sub(bytes),
+                    Ok(_) | Err(_) => break,
+                }
+            }
+        }
+    }
+
+    /// The pipes that workers print into, as long as nobody else reads them.
+    fn logs(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let held = self.held.iter().filter(|(name, _)| self.channel.is_none() && name.starts_with(LOG_PREFIX));
+        held.map(|(_, held)| held.fd.as_fd())
     }
 
     /// Processes that have not been seen to end: place among what is held, and pidfd.
@@ -139,7 +166,8 @@ impl Keeping {
         }
         let mut fds: Vec<PollFd<'_>> =
             watched.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
-        match poll(&mut fds, is_deaf.then_some(&DEAF_FOR)) {
+        let must_look = is_deaf || self.logs().next().is_some();
+        match poll(&mut fds, must_look.then_some(&LOOK_AGAIN)) {
             // A stop and a continuation.
             Err(rustix::io::Errno::INTR) => return Ok(None),
             result => result?,

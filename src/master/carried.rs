@@ -1,7 +1,7 @@
 //! Descriptors that outlive this image of the master: through an exec, or in the keeper's hands.
 //!
 //! What holds one derives serde like any plain data. In its text a descriptor is a name; the descriptors themselves
-//! go beside it, as duplicates on the way out ([`write`]) and by name on the way in ([`read`]).
+//! go beside it, as duplicates on the way out ([`write()`]) and by name on the way in ([`read()`]).
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,7 +24,7 @@ use crate::keeper::{Keeper, SavedKeeper};
 pub(super) trait Carry: Sized {
     /// What else there is to it.
     type Rest: Clone + Serialize + DeserializeOwned;
-    /// The first part of the names of its descriptors. The keeper knows processes by theirs.
+    /// The first part of the names of its descriptors.
     const KIND: &str = "fd";
     /// How many there are.
     const COUNT: usize = 1;
@@ -209,10 +209,11 @@ fn only<T: From<OwnedFd>>(fds: Vec<OwnedFd>) -> io::Result<T> {
     fds.into_iter().next().map(T::from).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-macro_rules! plain {
-    ($($type:ty),*) => {$(
+macro_rules! single {
+    ($kind:literal: $($type:ty),*) => {$(
         impl Carry for $type {
             type Rest = ();
+            const KIND: &str = $kind;
 
             fn parts(&self) -> (Vec<BorrowedFd<'_>>, ()) {
                 (vec![self.as_fd()], ())
@@ -225,30 +226,34 @@ macro_rules! plain {
     )*};
 }
 
-plain!(OwnedFd, File, UnixStream, UnixListener, UnixDatagram);
+/// What the keeper does more with than to hold it, it knows by name.
+macro_rules! named {
+    ($kind:literal: $(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub(super) struct $name(OwnedFd);
 
-/// A process by descriptor.
-#[derive(Debug)]
-pub(super) struct Pidfd(pub(super) OwnedFd);
+        impl From<OwnedFd> for $name {
+            fn from(fd: OwnedFd) -> $name {
+                $name(fd)
+            }
+        }
 
-impl AsFd for Pidfd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
+        impl AsFd for $name {
+            fn as_fd(&self) -> BorrowedFd<'_> {
+                self.0.as_fd()
+            }
+        }
+
+        single!($kind: $name);
+    };
 }
 
-impl Carry for Pidfd {
-    type Rest = ();
-    const KIND: &str = "pidfd";
-
-    fn parts(&self) -> (Vec<BorrowedFd<'_>>, ()) {
-        (vec![self.as_fd()], ())
-    }
-
-    fn join(fds: Vec<OwnedFd>, (): ()) -> io::Result<Pidfd> {
-        only(fds).map(Pidfd)
-    }
-}
+single!("fd": OwnedFd, File, UnixStream, UnixListener, UnixDatagram);
+named!("pidfd": /// A process.
+    Pidfd);
+named!("log": /// The reading end of what a worker prints.
+    LogPipe);
 
 impl Carry for Keeper {
     type Rest = SavedKeeper;

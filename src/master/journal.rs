@@ -68,8 +68,8 @@ pub(super) fn read(path: &Path) -> Result<Option<Journal>, JournalError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         text => text.map_err(|error| useless(error.to_string()))?,
     };
-    let form: Form =
-        serde_json::from_slice(&text).map_err(|error| useless(format!("it is cut off or damaged: {error}")))?;
+    let form: Form = serde_json::from_slice(&text)
+        .map_err(|error| useless(format!("it is cut off or damaged: {error}")))?;
     if form.journal > VERSION {
         let (path, version, by) = (path.to_owned(), form.journal, form.by);
         return Err(JournalError::Newer { path, version, by });
@@ -131,7 +131,8 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
         Ok(()) | Err(_) => {}
     }
     let flags = nix::libc::O_NOFOLLOW;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&new)?;
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(flags).open(&new)?;
     file.write_all(text).and_then(|()| fs::rename(&new, path)).inspect_err(|_| drop(fs::remove_file(&new)))
 }
 

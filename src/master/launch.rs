@@ -14,7 +14,7 @@ use reuseportd_core::{Engine, Generation, GroupId, Seat, WorkerId};
 use reuseportd_sys::bpf::BpfError;
 use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
-use reuseportd_sys::{procfs, socket};
+use reuseportd_sys::{identity, procfs, socket};
 use reuseportd_wire::env;
 use rustix::fs::Access;
 use rustix::thread::{CpuSet, sched_getaffinity};
@@ -83,15 +83,17 @@ impl Launch {
         let notify = runtime.notify_path();
         let failed = |source| LaunchError::Notify { path: notify.display().to_string(), source };
         config.app.access(&notify, Access::WRITE_OK).map_err(failed)?;
-        let variables =
-            config.app.variables().map_err(|error| LaunchError::Environment(error.to_string()))?;
+        // Their own directories may be closed to all others: to a master without CAP_DAC_READ_SEARCH as well.
+        let uid = config.app.identity.uid;
+        let variables = identity::or_as_user(uid, || config.app.variables())
+            .map_err(|error| LaunchError::Environment(error.to_string()))?;
         if let Some(directory) = &config.app.working_directory {
             let failed = |source| LaunchError::Directory { path: directory.display().to_string(), source };
             config.app.access(&directory.join("."), Access::EXEC_OK).map_err(failed)?;
         }
-        let path = config::find_executable(&config.app, &variables)
+        let path = identity::or_as_user(uid, || config::find_executable(&config.app, &variables))
             .map_err(|error| LaunchError::NotFound(error.to_string()))?;
-        let executable = PinnedExecutable::open(&path)
+        let executable = identity::or_as_user(uid, || PinnedExecutable::open(&path))
             .map(Carried::new)
             .map_err(|source| LaunchError::Open { path: path.display().to_string(), source })?;
         let groups = groups.open(&config.listen)?;
@@ -198,14 +200,11 @@ impl Shell {
         rustix::io::ioctl_fionbio(&channel, true).map_err(|error| prepare(error.into()))?;
         let null = File::open("/dev/null").map_err(prepare)?;
         let pipe = match app.output {
-            OutputMode::Tag => Some(Output::pipe().map_err(prepare)?),
+            // Of the workers' user, so that it may open /dev/stderr, as many a program's log file is set to.
+            OutputMode::Tag => Some(identity::as_user(app.identity.uid, Output::pipe).map_err(prepare)?),
             OutputMode::Inherit => None,
         };
         let writer = pipe.as_ref().map(|(_, writer)| writer.as_fd());
-        if let Some(writer) = writer.filter(|_| app.identity.uid.is_some()) {
-            // So that it may open /dev/stderr, as many a program's log file is set to. Others write all the same.
-            let _ = rustix::fs::fchown(writer, app.identity.uid, None);
-        }
         let (stdout, stderr) = (rustix::stdio::stdout(), rustix::stdio::stderr());
         let mut fds: Vec<(BorrowedFd<'_>, i32)> = vec![
             (null.as_fd(), 0),
@@ -290,7 +289,7 @@ fn process(
         pid: spawned.pid,
         // It is our child: it can't have been reaped, so it is there.
         start_time: procfs::start_time(spawned.pid).unwrap_or(0),
-        pidfd: Carried::new(Pidfd(spawned.pidfd)),
+        pidfd: Carried::new(Pidfd::from(spawned.pidfd)),
         is_child: true,
         is_ended: false,
         started: clock::now(),

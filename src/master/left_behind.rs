@@ -21,9 +21,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// # Errors
 /// In words: a master runs, or something can't be ended.
 pub(crate) fn end(socket: &Path) -> Result<usize, String> {
-    if !socket.parent().is_some_and(Path::exists) {
-        return Ok(0);
-    }
     let mut runtime = Runtime::open(socket.to_owned()).map_err(|error| error.to_string())?;
     let written = match journal::read(&runtime.journal_path()) {
         Ok(journal) => journal.map(|journal| journal.workers).unwrap_or_default(),

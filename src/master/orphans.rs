@@ -42,7 +42,11 @@ impl Shell {
             Ok(None) => return Ok(Vec::new()),
             Err(error @ JournalError::Newer { .. }) => return Err(error.to_string().into()),
             Err(JournalError::Useless(why)) => {
-                tracing::warn!(event = "journal_unused", why, "the journal of a former master is not used: {why}");
+                tracing::warn!(
+                    event = "journal_unused",
+                    why,
+                    "the journal of a former master is not used: {why}"
+                );
                 return Ok(Vec::new());
             }
         };
@@ -99,7 +103,8 @@ impl Shell {
         let held = self.processes_of(pid).and_then(|pids| look::held_by(&pids, self.listening()?));
         let mut listeners = Vec::new();
         for held in held.unwrap_or_default() {
-            let Some((group, listen)) = launch.listeners().find(|(_, listen)| look::serves(&held.socket, listen))
+            let Some((group, listen)) =
+                launch.listeners().find(|(_, listen)| look::serves(&held.socket, listen))
             else {
                 continue;
             };
@@ -115,7 +120,12 @@ impl Shell {
                 Ok(listener) => listeners.push((group, listener)),
                 Err(missing) => {
                     let why = missing.text();
-                    tracing::warn!(event = "orphan_unreachable", pid, why, "what waits at an orphan when it ends may be lost: {why}");
+                    tracing::warn!(
+                        event = "orphan_unreachable",
+                        pid,
+                        why,
+                        "what waits at an orphan when it ends may be lost: {why}"
+                    );
                 }
             }
         }
@@ -126,7 +136,11 @@ impl Shell {
     pub(super) fn end_unknown(&self, saved: Time) {
         let known = self.processes.values().map(|process| process.pid).collect();
         for entry in self.ours_besides(&known).into_iter().filter(|entry| entry.start_time >= ticks(saved)) {
-            tracing::warn!(event = "unknown_worker", pid = entry.pid, "a worker that was just starting is ended");
+            tracing::warn!(
+                event = "unknown_worker",
+                pid = entry.pid,
+                "a worker that was just starting is ended"
+            );
             if let Err(error) = pidfd::signal_group(entry.pid, nix::libc::SIGKILL) {
                 tracing::warn!(pid = entry.pid, %error, "cannot end it");
             }
@@ -179,7 +193,7 @@ fn orphan(entry: &Entry, generation: Generation, seat: Seat, output: OutputMode)
         seat,
         pid: entry.pid,
         start_time: entry.start_time,
-        pidfd: Carried::new(Pidfd(process)),
+        pidfd: Carried::new(Pidfd::from(process)),
         is_child: false,
         is_ended: false,
         started: clock::now(),

@@ -7,7 +7,7 @@ use reuseportd_sys::pipe;
 use rustix::pipe::fcntl_setpipe_size;
 use serde::{Deserialize, Serialize};
 
-use super::carried::Carried;
+use super::carried::{Carried, LogPipe};
 use super::log::{ATOMIC_BYTES, Patient};
 use super::process::{LastLines, printable};
 
@@ -19,7 +19,7 @@ const TURN_BYTES: usize = 1 << 16;
 /// The reading end of a worker's stdout and stderr.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Output {
-    pipe: Carried<OwnedFd>,
+    pipe: Carried<LogPipe>,
     tag: String,
     /// The beginning of a line whose end has not come yet.
     rest: Vec<u8>,
@@ -35,7 +35,7 @@ impl Output {
     }
 
     pub(super) fn new(pipe: OwnedFd, generation: u32, seat: u16, pid: i32) -> Output {
-        let pipe = Carried::new(pipe);
+        let pipe = Carried::new(LogPipe::from(pipe));
         Output { pipe, tag: format!("[g{generation} s{seat} {pid}] "), rest: Vec::new() }
     }
 

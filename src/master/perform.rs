@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
-use reuseportd_core::{Command, Event, Generation, ListenerId, Report, Signal, WorkerId};
+use reuseportd_core::{Command, Event, Generation, GroupId, ListenerId, Report, Signal, WorkerId};
 use reuseportd_sys::{pidfd, socket};
 
 use super::Shell;
@@ -16,82 +16,83 @@ const RECEIPTS_MAX: usize = 50;
 impl Shell {
     /// Does it, and queues the answer.
     pub(super) fn perform(&mut self, command: Command) {
+        let answer = self.carry_out(command);
+        self.inbox.extend(answer);
+    }
+
+    /// Does it; the answer, if it has one that is known at once.
+    fn carry_out(&mut self, command: Command) -> Option<Event> {
         match command {
             Command::Spawn { worker, generation, seat } => {
-                let event = match self.spawn(worker, generation, seat) {
+                return Some(match self.spawn(worker, generation, seat) {
                     Ok(()) => Event::Spawned { worker },
                     Err(errno) => Event::SpawnFailed { worker, errno },
-                };
-                self.inbox.push_back(event);
+                });
             }
             Command::Bind { group, worker, generation, seat } => {
                 let result = self.bind_seat(group, generation, seat);
-                self.inbox.push_back(Event::Bound { group, worker, result });
+                return Some(Event::Bound { group, worker, result });
             }
-            Command::Signal { worker, signal } => self.signal(worker, signal),
-            Command::Reap { worker } => self.reap(worker),
             Command::CheckRemains { worker } => {
-                let left = self.has_remains(worker);
-                self.inbox.push_back(Event::Remains { worker, left });
+                return Some(Event::Remains { worker, left: self.has_remains(worker) });
             }
-            Command::Tell { worker, order } => self.tell(worker, order),
-            Command::Find { worker } => {
-                let found = self.find(worker);
-                self.inbox.push_back(Event::Found { worker, found });
-            }
+            Command::Find { worker } => return Some(Event::Found { worker, found: self.find(worker) }),
             Command::Prove { worker } => {
-                let verdict = self.prove(worker);
-                self.inbox.push_back(Event::Proved { worker, verdict });
+                return Some(Event::Proved { worker, verdict: self.prove(worker) });
             }
             Command::Listen { listener } => {
-                let result = self.listen(listener);
-                self.inbox.push_back(Event::Listening { listener, result });
+                return Some(Event::Listening { listener, result: self.listen(listener) });
             }
             Command::Admit { listener, key } => {
-                let result = self.admit(listener, key);
-                self.inbox.push_back(Event::Admitted { listener, result });
+                return Some(Event::Admitted { listener, result: self.admit(listener, key) });
             }
-            Command::Evict { group, key } => {
-                self.groups.evict(group, key);
-                self.listeners.note_key(group, key, None);
-            }
-            Command::KeepKeys { group, kept } => self.groups.keep_keys(group, &kept.into_iter().collect()),
             Command::Steer { group, ranges } => {
-                let result = self.groups.steer(group, &ranges);
-                self.inbox.push_back(Event::Steered { group, result });
+                return Some(Event::Steered { group, result: self.groups.steer(group, &ranges) });
             }
             Command::Attach { group, shares } => {
                 let member = self.listeners.member(group).ok_or(nix::libc::ENOENT);
                 let result = member.and_then(|member| self.groups.attach(group, &shares, member));
-                self.inbox.push_back(Event::Steered { group, result });
+                return Some(Event::Steered { group, result });
             }
             Command::Anchor { listener } => {
                 let result = self.listeners.anchor(listener).map_err(|error| errno(&error));
-                self.inbox.push_back(Event::Anchored { listener, result });
+                return Some(Event::Anchored { listener, result });
             }
             Command::Owns { listener, worker } => {
-                let owned = self.is_owned(listener, worker);
-                self.inbox.push_back(Event::Owned { listener, owned });
+                return Some(Event::Owned { listener, owned: self.is_owned(listener, worker) });
             }
-            Command::Release { listener, shutdown } => {
-                self.release_kept(listener);
-                let worker = self.listeners.of(listener).and_then(|listener| listener.worker);
-                let lives = worker.is_some_and(|worker| self.processes.contains_key(&worker));
-                self.listeners.release(listener, shutdown, lives);
-            }
+            Command::Evict { group, key } => self.evict(group, key),
+            Command::KeepKeys { group, kept } => self.groups.keep_keys(group, &kept.into_iter().collect()),
+            Command::Signal { worker, signal } => self.signal(worker, signal),
+            Command::Reap { worker } => self.reap(worker),
+            Command::Tell { worker, order } => self.tell(worker, order),
+            Command::Release { listener, shutdown } => self.release(listener, shutdown),
             Command::Observe { group } => self.look_at(group),
             Command::Count { workers } => self.count_connections(&workers),
             Command::Notify(notice) => self.upstream.notice(notice),
-            Command::ReplyReexec { to, done } => self.answer_reexec(to, done),
             Command::Preflight => self.begin_preflight(),
             Command::EndPreflight => self.end_preflight(),
             Command::Reexec => self.is_reexec_due = true,
             Command::Save => self.saving.is_asked_for = true,
             Command::StartKeeper => self.start_keeper(),
+            Command::ReplyReexec { to, done } => self.answer_reexec(to, done),
             Command::Reply { to, receipt } => self.answer(to, receipt),
             Command::Report(report) => self.tell_people(report),
             Command::Exit { code } => self.exit = Some(code),
         }
+        None
+    }
+
+    fn evict(&mut self, group: GroupId, key: u32) {
+        self.groups.evict(group, key);
+        self.listeners.note_key(group, key, None);
+    }
+
+    fn release(&mut self, listener: ListenerId, shutdown: bool) {
+        self.release_kept(listener);
+        let worker = self.listeners.of(listener).and_then(|listener| listener.worker);
+        let lives = worker.is_some_and(|worker| self.processes.contains_key(&worker));
+        self.listeners.release(listener, shutdown, lives);
     }
 
     fn signal(&mut self, worker: WorkerId, signal: Signal) {
@@ -175,7 +176,7 @@ impl Shell {
         pid.is_some_and(|pid| self.listeners.is_owned(id, self.processes_of(pid)))
     }
 
-    fn look_at(&mut self, group: reuseportd_core::GroupId) {
+    fn look_at(&mut self, group: GroupId) {
         match self.observe(group) {
             Ok(view) => {
                 self.views.insert(group, view.clone());

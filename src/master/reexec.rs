@@ -48,8 +48,10 @@ pub(super) struct Preflight {
 struct Child(Spawned);
 
 impl Child {
+    /// With all of its group, which it may have left itself.
     fn end(&self) {
         let _ = pidfd::signal_group(self.0.pid, nix::libc::SIGKILL);
+        let _ = pidfd::send_signal(self.0.pidfd.as_fd(), nix::libc::SIGKILL);
     }
 }
 
@@ -176,7 +178,14 @@ impl Shell {
             no_new_privileges: false,
         })
         .map_err(io::Error::other)?;
-        Ok(Preflight { child: Child(child), answer, wanted: understood(&text), complaint, is_late: false, program })
+        Ok(Preflight {
+            child: Child(child),
+            answer,
+            wanted: understood(&text),
+            complaint,
+            is_late: false,
+            program,
+        })
     }
 
     /// Whoever reaps orphans leaves it alone.

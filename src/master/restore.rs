@@ -18,7 +18,7 @@ use super::snapshot::{Belongings, Lines, Snapshot, SnapshotError};
 use super::start::NoStart;
 use super::turn::Turn;
 use super::upstream::Upstream;
-use super::{Shell, log, reexec};
+use super::{Shell, clock, log, reexec};
 use crate::keeper::{self, FetchError, Inheritance, Keeper};
 
 /// Goes on where the image before this one was.
@@ -54,7 +54,9 @@ pub(super) fn adopt(signals: SignalPipe, runtime: Runtime) -> Result<Adoption, N
     let Inheritance { state, mut fds, keeper } = match keeper::fetch(&runtime.keeper_path()) {
         Ok(Some(inheritance)) => inheritance,
         Ok(None) => return Ok(Adoption::Nothing(signals, runtime)),
-        Err(error @ (FetchError::Busy(_) | FetchError::Elsewhere(_))) => return Err(error.to_string().into()),
+        Err(error @ (FetchError::Busy(_) | FetchError::Elsewhere(_))) => {
+            return Err(error.to_string().into());
+        }
         Err(error) => {
             eprintln!("{error}");
             return Ok(Adoption::Nothing(signals, runtime));
@@ -70,7 +72,9 @@ pub(super) fn adopt(signals: SignalPipe, runtime: Runtime) -> Result<Adoption, N
         // It lives, and so do its workers.
         Err(error @ SnapshotError::Elsewhere(_)) => Err(elsewhere(&error).into()),
         Err(error) => {
-            eprintln!("the state of the master that has ended can't be used: {error}; its workers are looked for without it");
+            eprintln!(
+                "the state of the master that has ended can't be used: {error}; its workers are looked for without it"
+            );
             keeper.end();
             Ok(Adoption::Nothing(signals, runtime))
         }
@@ -94,16 +98,16 @@ fn read(state: &[u8], fds: &mut BTreeMap<String, OwnedFd>) -> Result<Snapshot, S
 fn take_over(
     snapshot: Snapshot,
     signals: SignalPipe,
-    mut runtime: Runtime,
+    runtime: Runtime,
     keeper: Keeper,
 ) -> Result<Shell, String> {
     let control = &snapshot.config.control;
     let listener = runtime.control_socket(control).map_err(|error| error.to_string())?;
     let clients = Clients::new(listener, &control.allow_users);
-    runtime.note_made(snapshot.directory.clone());
     let saved = snapshot.saved;
     let mut shell = snapshot.revive(signals, runtime, clients, Some(Carried::new(keeper)));
     shell.adopted = true;
+    shell.started = clock::now();
     shell.runtime.own();
     for process in shell.processes.values_mut() {
         process.is_child = false;

@@ -1,7 +1,7 @@
 //! The files of a running master: its directory, the lock that keeps a second one away, and their removal.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
@@ -64,7 +64,7 @@ impl Runtime {
         let directory = socket.parent().unwrap_or(Path::new("/")).to_owned();
         let is_new = make_directory(&directory)?;
         let path = beside(&socket, ".lock");
-        let lock = OpenOptions::new()
+        let mut lock = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
@@ -77,7 +77,13 @@ impl Runtime {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(RuntimeError::Running { lock: path, socket }),
             Err(source) => return Err(RuntimeError::Lock { path, source: source.into() }),
         }
-        let directory = is_new.then_some(directory);
+        // The lock says whether a master has made the directory, to the next one too.
+        let failed = |source| RuntimeError::Lock { path: path.clone(), source };
+        if is_new {
+            lock.write_all(b"this directory is removed with it\n").map_err(failed)?;
+        }
+        let is_made = lock.metadata().map_err(failed)?.len() > 0;
+        let directory = is_made.then_some(directory);
         let mut runtime = Runtime { directory, socket, lock: Carried::new(lock), is_ours: true };
         let left = [runtime.keeper_path(), runtime.journal_path()];
         runtime.is_ours = !left.iter().any(|path| fs::symlink_metadata(path).is_ok());
@@ -88,16 +94,6 @@ impl Runtime {
     /// a former one has left. Until then a start that fails leaves it to the next.
     pub(super) fn own(&mut self) {
         self.is_ours = true;
-    }
-
-    /// The directory, if a master made it.
-    pub(super) fn made(&self) -> &Option<PathBuf> {
-        &self.directory
-    }
-
-    /// A former master made it.
-    pub(super) fn note_made(&mut self, directory: Option<PathBuf>) {
-        self.directory = self.directory.take().or(directory);
     }
 
     /// The control socket, listening.
@@ -174,13 +170,22 @@ fn make_directory(path: &Path) -> Result<bool, RuntimeError> {
         rustix::process::umask(before);
         made.map_err(failed)?;
     }
-    let metadata = fs::symlink_metadata(path)
-        .map_err(|source| RuntimeError::Create { path: path.to_owned(), source })?;
+    let is_link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_symlink());
+    if is_link {
+        return Err(RuntimeError::Unsafe { path: path.to_owned(), what: "it is a symbolic link" });
+    }
+    // Who may write to the one above could put another in its place.
+    check_directory(path)?;
+    path.parent().map_or(Ok(()), check_directory)?;
+    Ok(!existed)
+}
+
+/// Only this user and root may put something into it, or take away what is theirs.
+fn check_directory(path: &Path) -> Result<(), RuntimeError> {
+    let metadata =
+        fs::metadata(path).map_err(|source| RuntimeError::Create { path: path.to_owned(), source })?;
     let unsafe_for = |what| Err(RuntimeError::Unsafe { path: path.to_owned(), what });
     let is_sticky = metadata.mode() & 0o1000 != 0;
-    if metadata.file_type().is_symlink() {
-        return unsafe_for("it is a symbolic link");
-    }
     if !metadata.is_dir() {
         return unsafe_for("it is no directory");
     }
@@ -190,7 +195,7 @@ fn make_directory(path: &Path) -> Result<bool, RuntimeError> {
     if metadata.mode() & 0o022 != 0 && !is_sticky {
         return unsafe_for("others may write to it");
     }
-    Ok(!existed)
+    Ok(())
 }
 
 /// Binds a unix socket at a path where only a stale socket of ours may be in the way: the lock is held.

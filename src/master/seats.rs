@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use reuseportd_core::{Generation, GroupId, ListenerId, Seat};
-use reuseportd_sys::socket;
+use reuseportd_sys::{identity, socket};
 use reuseportd_wire::env;
 use socket2::{Domain, Socket, Type};
 
@@ -76,13 +76,11 @@ impl Shell {
     }
 }
 
-/// A group of sockets belongs to one uid: the socket gets the workers' before it is bound, so that programs that bind
-/// for themselves can be in the same group.
+/// A group of sockets belongs to one uid: the socket is made as the workers' user, so that programs that bind for
+/// themselves can be in the same group.
 fn make(listen: &Listen, address: SocketAddr, uid: Option<rustix::fs::Uid>) -> io::Result<OwnedFd> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None)?;
-    if uid.is_some() {
-        rustix::fs::fchown(&socket, uid, None)?;
-    }
+    let new = || Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None);
+    let socket = identity::as_user(uid, new)?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     if address.is_ipv6() {

@@ -141,8 +141,6 @@ state! {
     notify: Carried<UnixDatagram>,
     notify_rejected: u64,
     limits: Option<Limits>,
-    #[serde(with = "saved::optional_path")]
-    directory: Option<PathBuf>,
 }
 
 /// What only the next image of the same process goes on with.
@@ -193,7 +191,10 @@ impl<'a> Lines<'a> {
     }
 
     /// Takes those of the belongings out of these.
-    pub(super) fn belongings(&self, fds: &mut BTreeMap<String, OwnedFd>) -> Result<Belongings, SnapshotError> {
+    pub(super) fn belongings(
+        &self,
+        fds: &mut BTreeMap<String, OwnedFd>,
+    ) -> Result<Belongings, SnapshotError> {
         Ok(carried::read(self.belongings, Some(fds))?)
     }
 
@@ -257,7 +258,6 @@ impl Shell {
             notify: &self.notify,
             notify_rejected: &self.notify_rejected,
             limits: &self.limits,
-            directory: &self.runtime.made(),
         };
         Ok(carried::write(&state, there)?)
     }

@@ -1,9 +1,5 @@
 //! The answer to `status`: the core's picture with what only the shell knows.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsFd;
-
 use reuseportd_core::{
     Generation, GenerationState, GenerationView, ListenerView, MasterState, WorkerId, WorkerState, WorkerView,
 };
@@ -152,24 +148,19 @@ impl super::launch::Launch {
         if self.executable.identity().size > HASHED_BYTES_MAX {
             return None;
         }
-        // A descriptor of its own, so that the pinned one keeps its position.
-        let mut file =
-            File::open(format!("/proc/self/fd/{}", fd_number(self.executable.fd().as_fd()))).ok()?;
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 16];
+        let mut hashed = 0;
         loop {
-            match file.read(&mut buffer).ok()? {
-                0 => break,
-                count => hash.update(buffer.get(..count)?),
+            let count = rustix::io::pread(self.executable.fd(), &mut buffer, hashed).ok()?;
+            if count == 0 {
+                break;
             }
+            hash.update(buffer.get(..count)?);
+            hashed += count as u64;
         }
         Some(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
-}
-
-fn fd_number(fd: std::os::fd::BorrowedFd<'_>) -> i32 {
-    use std::os::fd::AsRawFd;
-    fd.as_raw_fd()
 }
 
 fn master_state(state: MasterState) -> wire::MasterState {

@@ -135,9 +135,8 @@ fn what_comes_while_there_is_no_master_is_not_lost() {
         assert_eq!((code, receipt.outcome, receipt.to), (0, Outcome::Completed, Some(2)), "{receipt:#?}");
         assert_eq!(status.finish(PATIENCE).code, 0);
         // The signal asked for one more.
-        let served = |status: &Status| {
-            status.active_generation == Some(3) && status.state == MasterState::Steady
-        };
+        let served =
+            |status: &Status| status.active_generation == Some(3) && status.state == MasterState::Steady;
         master.wait_status("upgraded twice", |status| served(status) && status.generations.len() == 1);
         let told = world.read("master.out");
         let lines = (0..5000).map(|n| format!("line {n} of many"));
@@ -201,13 +200,11 @@ fn delays() -> impl Iterator<Item = Duration> {
 fn no_wish_for_an_upgrade_is_lost() {
     world(&[], |world| {
         let master = Master::start(world, &App::test_worker(world, "--mode plain").workers(1));
-        let mut active = 1;
-        for delay in delays() {
+        for (delay, active) in delays().zip(2..) {
             let count = master.status().master.reexecs;
             master.signal(Signal::USR2);
             thread::sleep(delay); // no wait for anything: each turn meets another moment of the re-exec
             master.signal(Signal::HUP);
-            active += 1;
             master.wait_status("upgraded", |status| {
                 let is_done = status.active_generation == Some(active) && status.state == MasterState::Steady;
                 is_done && status.master.reexecs == count + 1 && status.generations.len() == 1

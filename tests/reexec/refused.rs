@@ -204,7 +204,7 @@ fn a_state_that_is_not_understood_is_refused() {
 }
 
 #[test]
-fn a_state_can_not_be_resumed_twice() {
+fn a_state_that_was_not_carried_is_not_resumed() {
     world(&[], |world| {
         // Whoever inherits the variable by mistake has no such descriptor.
         let app = App::test_worker(world, "--mode plain");

@@ -77,23 +77,25 @@ pub(crate) struct Process {
 /// Every living process that was started for this app, the children of its workers included, whoever their parent is.
 pub(crate) fn processes_of(app: &str) -> Vec<Process> {
     let mine = format!("REUSEPORTD_APP={app}");
-    pids().filter_map(|pid: u32| {
-        // Gone meanwhile, a zombie, or somebody else's: none of them is ours.
-        let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
-        let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
-        let variables: Vec<_> = variables.collect();
-        variables.iter().any(|variable| *variable == mine).then_some(())?;
-        let generation =
-            variables.iter().find_map(|variable| variable.strip_prefix("REUSEPORTD_GENERATION="))?;
-        Some(Process { pid, generation: generation.parse().ok()? })
-    })
-    .collect()
+    pids()
+        .filter_map(|pid: u32| {
+            // Gone meanwhile, a zombie, or somebody else's: none of them is ours.
+            let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+            let variables = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+            let variables: Vec<_> = variables.collect();
+            variables.iter().any(|variable| *variable == mine).then_some(())?;
+            let generation =
+                variables.iter().find_map(|variable| variable.strip_prefix("REUSEPORTD_GENERATION="))?;
+            Some(Process { pid, generation: generation.parse().ok()? })
+        })
+        .collect()
 }
 
 /// The keepers of an app.
 pub(crate) fn keepers_of(app: &str) -> Vec<u32> {
     let command = format!("reuseportd\0keeper\0--app\0{app}\0");
-    let is_one = |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|is| is == command.as_bytes());
+    let is_one =
+        |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|is| is == command.as_bytes());
     pids().filter(is_one).collect()
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use reuseportd_wire::status::Engine;
+use reuseportd_wire::status::{Engine, Trigger};
 
 use super::unit::Unit;
 use super::with_each_systemd;
@@ -10,7 +10,12 @@ use crate::support::load::{Load, spec};
 use crate::support::machine::{Systemd, machine};
 use crate::support::world::repository;
 
-with_each_systemd!(exposure_is_as_the_unit_says, all_works_inside_ebpf, all_works_inside_cbpf);
+with_each_systemd!(
+    exposure_is_as_the_unit_says,
+    all_works_inside_ebpf,
+    all_works_inside_cbpf,
+    nobody_needs_to_read_the_files_of_workers,
+);
 
 fn exposure_is_as_the_unit_says(systemd: Systemd) {
     machine(systemd, true, |world, machine| {
@@ -36,11 +41,14 @@ fn all_works_inside_cbpf(systemd: Systemd) {
 /// As another user, on a low port, with a failed upgrade: what takes all the rights the master may have.
 fn all_works_inside(systemd: Systemd, engine: Engine) {
     machine(systemd, engine == Engine::Ebpf, |world, machine| {
-        let low = "name = \"default\"\n[[listen]]\nname = \"low\"\naddress = \"127.0.0.1:80\"";
         let user = "user = \"nobody\"\ncapabilities = [\"CAP_NET_BIND_SERVICE\"]\ncpu_affinity = \"seat\"";
-        let lines = [("[app]", user), ("[[listen]]", low)];
         let unit = Unit::new(world, machine, "");
-        for mode in ["--mode plain", "--mode sdk"] {
+        for (mode, bind) in
+            [("--mode plain", "worker"), ("--mode sdk", "worker"), ("--mode activated", "master")]
+        {
+            let bind = format!("bind = {bind:?}");
+            let low = format!("{bind}\n[[listen]]\nname = \"low\"\naddress = \"127.0.0.1:80\"\n{bind}");
+            let lines = [("[app]", user), ("[[listen]]", low.as_str())];
             unit.configure(mode, &lines);
             unit.succeed("start");
             let listeners = unit.status().listeners;
@@ -59,5 +67,37 @@ fn all_works_inside(systemd: Systemd, engine: Engine) {
             unit.succeed("stop");
             unit.nothing_is_left();
         }
+    });
+}
+
+/// Program and variables are in a directory that is closed even to root without CAP_DAC_READ_SEARCH; and so are the
+/// processes of a former master, known by their environment alone.
+fn nobody_needs_to_read_the_files_of_workers(systemd: Systemd) {
+    machine(systemd, true, |world, machine| {
+        machine.tell("echo COLOUR=blue >/srv/web/environment");
+        machine.tell("chown -R nobody /srv/web && chmod 0400 /srv/web/environment && chmod 0500 /srv/web/worker /srv/web");
+        let unit = Unit::new(world, machine, "");
+        let user = "user = \"nobody\"\nenvironment_file = \"/srv/web/environment\"";
+        unit.configure("--mode plain", &[("[app]", user)]);
+        unit.succeed("start");
+        let load = Load::start(spec(world).rate(100.0));
+        let generations = unit.status().generations;
+        assert!(generations.iter().all(|one| one.executable.sha256.is_some()), "{generations:#?}");
+
+        unit.signal_master("SIGSTOP");
+        let keepers = machine.tell("grep -lzx 'keepe[r]' /proc/[0-9]*/cmdline");
+        let keeper = keepers.strip_prefix("/proc/").and_then(|path| path.strip_suffix("/cmdline")).unwrap();
+        machine.tell(&format!("kill -KILL {keeper}; rm /run/reuseportd/web/control.sock.journal"));
+        unit.signal_master("SIGKILL");
+        unit.wait_status("upgraded", |status| {
+            let trigger = status.last_upgrade.as_ref().map(|receipt| receipt.trigger);
+            trigger == Some(Trigger::Orphans) && status.generations.len() == 1
+        });
+        let log = machine.tell("journalctl --no-pager --unit=reuseportd@web");
+        assert!(log.contains("2 workers have neither master nor keeper"), "{log}");
+        assert!(!log.contains("orphan_unreachable"), "{log}");
+        load.end_lossless();
+        unit.succeed("stop");
+        unit.nothing_is_left();
     });
 }

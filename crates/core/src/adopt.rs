@@ -19,12 +19,16 @@ impl Master {
     /// is done again: everything the kernel is told says what shall be, not what shall change.
     pub(crate) fn on_adopted(&mut self, lost: &[ListenerId]) {
         self.forget_callers();
+        let is_stopping = self.stopping.is_some();
         for (id, group) in &mut self.groups {
             group.work = Work::Idle;
+            group.taking = None;
             // The program goes with the last listener.
             let is_empty = !self.listeners.values().any(|listener| listener.group == *id);
+            // Nobody was chosen yet as far as is known: somebody may be by now, and nobody is to be refused meanwhile.
+            let is_before_first = group.in_force == InForce::Nothing && group.target.is_empty();
+            group.is_stale = !is_before_first || is_stopping;
             group.in_force = if is_empty { InForce::Nothing } else { InForce::Unknown };
-            group.is_stale = true;
             group.looks = 0;
             group.looks_outdated = 0;
             group.admitting = 0;
@@ -104,7 +108,7 @@ impl Master {
 
     /// The service manager has started this master, and waits.
     fn announce(&mut self) {
-        if self.active.is_some() && self.upgrade.is_none() {
+        if self.active.is_some() {
             self.notify(crate::command::Notice::Ready);
         }
     }
@@ -123,22 +127,29 @@ impl Master {
     /// The old master had let go of it already: of a spare handle, or because the listener was to leave.
     fn handle_lost(&mut self, id: ListenerId) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
-        let (owner, listens) = (listener.worker, listener.listens);
         listener.handle = false;
+        let listener = &*listener;
+        let (owner, listens) = (listener.worker, listener.listens);
         let worker = self.workers.get(&owner);
         let is_spare = match self.engine {
-            Engine::Ebpf => !listener.of_seat && worker.is_some_and(|w| w.kind == Some(WorkerKind::Unmodified)),
+            Engine::Ebpf => {
+                !listener.of_seat && worker.is_some_and(|w| w.kind == Some(WorkerKind::Unmodified))
+            }
             Engine::Cbpf => false,
             Engine::None => !listener.of_seat && worker.is_some() && listens,
         };
         if is_spare {
             return;
         }
-        let seat = worker.map(|worker| worker.seat);
+        let (group, worker) = (listener.group, worker.map(|worker| (worker.seat, worker.state)));
         self.forget_listener(id);
-        // What it has bound can't be listened on any more.
-        if let Some(seat) = seat.filter(|_| !listens) {
-            self.fail_worker(owner, Reason::ListenFailed(seat, owner, EBADF));
+        match worker {
+            // What it has bound can't be listened on any more.
+            Some((seat, _)) if !listens => {
+                self.fail_worker(owner, Reason::ListenFailed(seat, owner, EBADF));
+            }
+            Some((_, WorkerState::Serving)) => self.replace_deserter(owner, group),
+            Some(_) | None => {}
         }
     }
 }

@@ -102,7 +102,9 @@ impl Master {
         // The sibling holds it too, and perhaps for longer than it should.
         listener.by_shutdown = true;
         let Some(worker) = self.listeners.get(sibling).map(|sibling| sibling.worker) else { return false };
-        self.work(id, Work::Taking(leaving));
+        if let Some(group) = self.groups.get_mut(&id) {
+            (group.work, group.taking) = (Work::Idle, Some(leaving));
+        }
         self.timers.arm(Timer::Group(id), self.now.after(RETRY));
         self.push(Command::Tell { worker, order: Order::Take(leaving) });
         true
@@ -123,9 +125,8 @@ impl Master {
     pub(crate) fn on_taken(&mut self, listener: ListenerId, count: u32) {
         let Some(group) = self.listeners.get(&listener).map(|listener| listener.group) else { return };
         self.note_leftovers(listener, count, 0);
-        if self.groups.get(&group).is_some_and(|group| group.work == Work::Taking(listener)) {
-            self.timers.disarm(Timer::Group(group));
-            self.survey(group, After::Release(listener));
+        if let Some(group) = self.groups.get_mut(&group) {
+            group.taking = group.taking.filter(|taking| *taking != listener);
         }
     }
 }

@@ -1,7 +1,6 @@
 //! What must hold between any two events, as far as it can be seen from inside.
 
 use crate::generation::{GenerationState, UpgradeStep};
-use crate::group::Work;
 use crate::master::Master;
 use crate::timers::Timer;
 use crate::worker::WorkerState;
@@ -79,7 +78,7 @@ impl Master {
         }
         for (id, group) in &self.groups {
             assert!(group.slots.is_consistent(), "{id:?}: a listener in two slots");
-            if let Work::Taking(listener) = group.work {
+            if let Some(listener) = group.taking {
                 assert!(self.listeners.contains_key(&listener), "{id:?}: taking from a forgotten listener");
                 assert!(self.timers.is_armed(Timer::Group(*id)), "{id:?}: taking for ever");
             }

@@ -129,7 +129,8 @@ impl Master {
             return;
         }
         let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l));
-        let dead: Vec<ListenerId> = self.listeners.iter().filter(|(_, l)| dead(l)).map(|(id, _)| *id).collect();
+        let dead: Vec<ListenerId> =
+            self.listeners.iter().filter(|(_, l)| dead(l)).map(|(id, _)| *id).collect();
         for listener in dead {
             if let Some(key) = self.listeners.get_mut(&listener).and_then(|listener| listener.key.take()) {
                 self.push(Command::Evict { group: id, key });

@@ -84,8 +84,6 @@ pub(crate) enum Work {
     Surveying(After),
     /// Waiting for the kernel's answer, in order to do this.
     Steering(After),
-    /// A worker takes the leftovers of this listener.
-    Taking(ListenerId),
     /// The kernel refused; tried again when the timer fires.
     Refused,
 }
@@ -107,6 +105,9 @@ pub(crate) struct Group {
     /// The target, or who can be chosen in it, changed since the kernel was last told.
     pub(crate) is_stale: bool,
     pub(crate) work: Work,
+    /// `cbpf`: a sibling was asked to accept the leftovers of this listener. Meanwhile the group is steered, but nothing else
+    /// leaves it.
+    pub(crate) taking: Option<ListenerId>,
     pub(crate) in_force: InForce,
     /// Orphans serve here, but no handle of any could be had.
     pub(crate) has_unseen: bool,
@@ -139,6 +140,7 @@ impl Group {
             target: Vec::new(),
             is_stale: false,
             work: Work::Idle,
+            taking: None,
             in_force: InForce::Nothing,
             has_unseen: false,
             is_inherited: false,

@@ -35,7 +35,9 @@ impl Master {
         self.saving = false;
         let Some(active) = self.active else { return };
         for id in self.workers_of(active) {
-            if let Some(seat) = self.workers.get(&id).filter(|w| w.state == WorkerState::Ready).map(|w| w.seat) {
+            if let Some(seat) =
+                self.workers.get(&id).filter(|w| w.state == WorkerState::Ready).map(|w| w.seat)
+            {
                 self.take_seat(active, seat);
                 self.join(id, false);
             }

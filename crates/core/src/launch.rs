@@ -80,7 +80,8 @@ impl Master {
         });
         self.note_counters(true);
         self.report(Report::Launching(to, wish.trigger));
-        if self.active.is_some() {
+        // A reload that is a command of the service manager's own is over when that command is, and its end needs no telling.
+        if wish.trigger == Trigger::Signal && self.active.is_some() {
             self.notify(Notice::Reloading);
         }
         if self.must_queue(to) {
@@ -256,6 +257,7 @@ impl Master {
 
     fn switched(&mut self, from: Option<Generation>, to: Generation) -> bool {
         self.report(Report::Switched(to));
+        self.save();
         self.active = Some(to);
         self.forgive_exits();
         self.groups.values_mut().for_each(|group| group.has_unseen = false);
@@ -266,9 +268,18 @@ impl Master {
         self.aim_away(Some(to));
         self.enter_step(UpgradeStep::Retiring);
         if let Some(from) = from {
+            self.extend(from);
             self.retire(from);
         }
         true
+    }
+
+    /// The service manager is to wait as long as the way out of this generation may take.
+    pub(crate) fn extend(&mut self, generation: Generation) {
+        if let Some(plan) = self.generations.get(&generation).map(|record| &record.plan) {
+            let by = plan.drain_timeout;
+            self.notify(Notice::Extend(by));
+        }
     }
 
     /// No listener of the generation is left.
@@ -360,10 +371,11 @@ impl Master {
         for to in done {
             self.push(Command::Reply { to, receipt: Some(serial) });
         }
-        self.after_upgrade(upgrade.from, outcome)
+        let is_told = upgrade.from.is_none() || upgrade.receipt.trigger == Trigger::Signal;
+        self.after_upgrade(upgrade.from, outcome, is_told)
     }
 
-    fn after_upgrade(&mut self, from: Option<Generation>, outcome: Outcome) -> bool {
+    fn after_upgrade(&mut self, from: Option<Generation>, outcome: Outcome, is_told: bool) -> bool {
         if self.stopping.is_some() {
             return false;
         }
@@ -373,7 +385,9 @@ impl Master {
             self.drop_wish();
             return false;
         }
-        self.notify(Notice::Ready);
+        if is_told {
+            self.notify(Notice::Ready);
+        }
         if let Some(wish) = self.wish.take() {
             self.begin_upgrade(wish);
             self.advance_launch();

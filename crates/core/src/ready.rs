@@ -163,7 +163,12 @@ impl Master {
         }
     }
 
-    pub(crate) fn adopt_listeners(&mut self, worker: WorkerId, listeners: &[(GroupId, ListenerId)], listens: bool) {
+    pub(crate) fn adopt_listeners(
+        &mut self,
+        worker: WorkerId,
+        listeners: &[(GroupId, ListenerId)],
+        listens: bool,
+    ) {
         let Some((generation, seat)) = self.workers.get(&worker).map(|w| (w.generation, w.seat)) else {
             return;
         };

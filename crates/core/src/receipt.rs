@@ -124,7 +124,11 @@ impl Master {
         }
     }
 
-    pub(crate) fn receipt_listener(&mut self, generation: Generation, group: GroupId) -> Option<&mut ReceiptListener> {
+    pub(crate) fn receipt_listener(
+        &mut self,
+        generation: Generation,
+        group: GroupId,
+    ) -> Option<&mut ReceiptListener> {
         self.receipt_of(generation)?.listeners.iter_mut().find(|listener| listener.group == group)
     }
 

@@ -283,8 +283,11 @@ impl Master {
     }
 
     pub(crate) fn on_owned(&mut self, id: ListenerId, owned: bool) {
-        let Some(listener) = self.listeners.get_mut(&id).filter(|l| !owned && !l.leaving) else { return };
+        let Some(listener) = self.listeners.get(&id).filter(|l| !owned && !l.leaving) else { return };
+        // The socket of a seat waits for the seat's next worker.
+        let is_kept = self.waits_for_next(listener);
         let (group, worker) = (listener.group, listener.worker);
+        let Some(listener) = self.listeners.get_mut(&id) else { return };
         match self.workers.get(&worker).map(|worker| worker.state) {
             // A process that is ending shows no descriptors any more while it still holds the socket: only a shutdown
             // takes it out of the group for certain.
@@ -293,7 +296,7 @@ impl Master {
                 listener.by_shutdown = true;
             }
             Some(state @ (WorkerState::Serving | WorkerState::Emptying | WorkerState::Idling { .. })) => {
-                listener.leaving = true;
+                listener.leaving = !is_kept;
                 listener.by_shutdown = true;
                 self.report(Report::ListenerLost(id));
                 self.mark_stale(group);
@@ -306,7 +309,7 @@ impl Master {
     }
 
     /// A worker that closed its listener although nobody asked serves nobody, and would for ever.
-    fn replace_deserter(&mut self, id: WorkerId, group: GroupId) {
+    pub(crate) fn replace_deserter(&mut self, id: WorkerId, group: GroupId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = WorkerState::Dying;
         let (generation, seat) = (worker.generation, worker.seat);

@@ -37,7 +37,7 @@ impl Master {
     /// The kernel does what is wanted: from here on the wait for begun handshakes counts.
     pub(crate) fn begin_settling(&mut self, id: GroupId) {
         let Some(group) = self.groups.get(&id).filter(|_| self.engine == Engine::Cbpf) else { return };
-        if !group.target.is_empty() && self.choosable(id).is_empty() {
+        if !group.target.is_empty() && !group.has_unseen && self.choosable(id).is_empty() {
             return;
         }
         let look = self.now.after(SNAPSHOT_AFTER);

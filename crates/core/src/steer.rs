@@ -64,7 +64,11 @@ impl Master {
                 }
                 continue;
             }
+            let is_taking = group.taking.is_some();
             self.begin_settling(id);
+            if is_taking {
+                return;
+            }
             // Of slots that several sockets left since the state was kept the next master could not know who has them.
             if self.engine == Engine::Cbpf && self.saving {
                 return;
@@ -193,9 +197,7 @@ impl Master {
         }
         if let Some(group) = self.groups.get_mut(&listener.group) {
             group.anchor = group.anchor.filter(|anchor| *anchor != id);
-            if group.work == Work::Taking(id) {
-                group.work = Work::Idle;
-            }
+            group.taking = group.taking.filter(|taking| *taking != id);
             // The program goes with the last of its group.
             if !self.listeners.values().any(|other| other.group == listener.group) {
                 group.in_force = InForce::Nothing;
@@ -212,10 +214,7 @@ impl Master {
             }
             (Work::Steering(After::Release(leaving)), Ok(())) => self.release_now(id, leaving),
             (Work::Steering(_), Err(errno)) => self.refused(id, errno),
-            (
-                Work::Idle | Work::Admitting | Work::Surveying(_) | Work::Taking(_) | Work::Refused,
-                Ok(()) | Err(_),
-            ) => {}
+            (Work::Idle | Work::Admitting | Work::Surveying(_) | Work::Refused, Ok(()) | Err(_)) => {}
         }
     }
 
@@ -237,8 +236,8 @@ impl Master {
     pub(crate) fn retry_group(&mut self, id: GroupId) {
         self.timers.disarm(Timer::Group(id));
         let Some(group) = self.groups.get_mut(&id) else { return };
+        group.taking = None;
         match group.work {
-            Work::Taking(listener) => self.survey(id, After::Release(listener)),
             Work::Refused => {
                 group.work = Work::Idle;
                 group.is_stale = true;
@@ -276,8 +275,7 @@ impl Master {
         match self.groups.get(&id).map(|group| group.work) {
             Some(Work::Surveying(After::Steer)) => self.steer_slots(id),
             Some(Work::Surveying(After::Release(leaving))) => self.release_slot(id, leaving),
-            Some(Work::Idle | Work::Admitting | Work::Steering(_) | Work::Taking(_) | Work::Refused)
-            | None => {}
+            Some(Work::Idle | Work::Admitting | Work::Steering(_) | Work::Refused) | None => {}
         }
         self.handshakes_observed(id);
         self.retirements_observed(id);

@@ -6,7 +6,7 @@ mod shell;
 
 use reuseportd_core::{
     Command, Engine, Event, Exit, Found, ListenerId, Notice, Plan, Problem, Readiness, Report, StopMode,
-    Trigger, Verdict, WorkerId,
+    Ticket, Trigger, Verdict, WorkerId,
 };
 use shell::{GROUP, Shell};
 use std::fmt::Write;
@@ -160,7 +160,48 @@ fn events(worker: u32) -> Vec<Event> {
         Event::Anchored { listener, result: Err(24) },
         Event::Owned { listener, owned: false },
         Event::Counted { connections: vec![(id, 0)] },
+        Event::Stuck { worker: id },
+        Event::Adopted { lost: Vec::new() },
+        Event::Adopted { lost: vec![listener] },
         Event::Deadline,
+    ]
+}
+
+/// What a master does for itself, in the situations in which that matters.
+fn situations_of_its_own() -> Vec<Situation> {
+    vec![
+        ("serving", 1, |engine| Shell::serving(engine, 1)),
+        ("serving, a new generation starts", 1, starting),
+        ("serving, a new program is being tried", 1, |engine| asked_to_reexec(engine, None)),
+        ("serving, a new program is about to be executed", 1, |engine| asked_to_reexec(engine, Some(true))),
+        ("emptying, the service stops while a new program is being tried", 1, |engine| {
+            let mut shell = asked_to_reexec(engine, None);
+            shell.tell(Event::Stop { mode: StopMode::Graceful, by: None });
+            shell
+        }),
+    ]
+}
+
+fn asked_to_reexec(engine: Engine, readable: Option<bool>) -> Shell {
+    let mut shell = Shell::serving(engine, 1);
+    shell.tell(Event::Reexec { by: Some(Ticket(1)) });
+    if let Some(readable) = readable {
+        shell.tell(Event::Preflighted { readable });
+    }
+    shell
+}
+
+fn events_of_its_own() -> Vec<Event> {
+    vec![
+        Event::Reexec { by: Some(Ticket(2)) },
+        Event::Preflighted { readable: true },
+        Event::Preflighted { readable: false },
+        Event::Reexecuted { done: true },
+        Event::Reexecuted { done: false },
+        Event::KeeperMissing,
+        Event::Saved,
+        Event::Supervised { every: Some(Duration::from_secs(5)) },
+        Event::Stop { mode: StopMode::Fast, by: None },
     ]
 }
 
@@ -214,6 +255,12 @@ fn table() -> String {
             for event in events(worker) {
                 table += &row(&mut prepare(engine), worker, event);
             }
+        }
+    }
+    for (name, worker, prepare) in situations_of_its_own() {
+        let _ = writeln!(table, "\nThe master itself, worker {worker} {name}");
+        for event in events_of_its_own() {
+            table += &row(&mut prepare(Engine::Ebpf), worker, event);
         }
     }
     table

@@ -9,7 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD};
-use rustix::process::{Gid, Uid};
+use nix::unistd::setfsuid;
+use rustix::process::{self, DumpableBehavior, Gid, Signal, Uid};
 use rustix::thread::{self, CapabilitySet, CapabilitySets};
 
 use crate::child::{self, Step};
@@ -95,6 +96,52 @@ impl Identity {
         ambient
             .filter(|one| own.contains(*one))
             .try_for_each(|one| thread::configure_capability_in_ambient_set(one, true))
+    }
+}
+
+/// Makes or looks at files and sockets as this user (in /proc too): what comes into being is that user's, and what only
+/// that user may open can be opened, without CAP_CHOWN and CAP_DAC_READ_SEARCH. Nothing changes for `None`, and without
+/// CAP_SETUID. Only for processes with one thread: meanwhile it is not dumpable.
+pub fn as_user<T>(uid: Option<Uid>, run: impl FnOnce() -> T) -> T {
+    let _back = uid.filter(|uid| *uid != process::geteuid()).map(Former::leave);
+    run()
+}
+
+/// Does it, and if that fails does it as this user; the error is that of the first attempt.
+///
+/// # Errors
+/// When neither succeeds.
+pub fn or_as_user<T, E>(uid: Option<Uid>, attempt: impl Fn() -> Result<T, E>) -> Result<T, E> {
+    attempt().or_else(|error| uid.and_then(|_| as_user(uid, &attempt).ok()).ok_or(error))
+}
+
+/// What the kernel changes together with the user of files.
+struct Former {
+    uid: nix::unistd::Uid,
+    capabilities: rustix::io::Result<CapabilitySets>,
+    dumpable: rustix::io::Result<DumpableBehavior>,
+    death_signal: rustix::io::Result<Option<Signal>>,
+}
+
+impl Former {
+    fn leave(uid: Uid) -> Former {
+        Former {
+            capabilities: thread::capabilities(None),
+            dumpable: process::dumpable_behavior(),
+            death_signal: process::parent_process_death_signal(),
+            uid: setfsuid(nix::unistd::Uid::from_raw(uid.as_raw())),
+        }
+    }
+}
+
+impl Drop for Former {
+    fn drop(&mut self) {
+        setfsuid(self.uid);
+        // Nothing here is more than it had, so nothing is refused, but for a value of "dumpable" that only the kernel sets,
+        // and has set itself.
+        let _ = self.capabilities.and_then(|sets| thread::set_capabilities(None, sets));
+        let _ = self.dumpable.and_then(process::set_dumpable_behavior);
+        let _ = self.death_signal.and_then(process::set_parent_process_death_signal);
     }
 }
 

@@ -5,6 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::Uid;
+
+use crate::identity;
 
 /// A pipe for a worker's output: reader (non-blocking) and writer (blocking), both close-on-exec.
 ///
@@ -25,10 +28,11 @@ pub fn log_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// descriptor should be closed soon: while it is open for writing, the reader sees no end.
 ///
 /// # Errors
-/// When /proc is not there; EACCES when the pipe belongs to another user (CAP_DAC_OVERRIDE is the remedy); ENXIO
-/// when it is a socket.
+/// When /proc is not there; EACCES when the pipe belongs to another user (CAP_SETUID is the remedy); ENXIO when it is a
+/// socket.
 pub fn reopen_reader(end: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    reopen(end, OFlags::RDONLY | OFlags::NONBLOCK)
+    let owner = Uid::from_raw(rustix::fs::fstat(end)?.st_uid);
+    identity::or_as_user(Some(owner), || reopen(end, OFlags::RDONLY | OFlags::NONBLOCK))
 }
 
 fn reopen(end: BorrowedFd<'_>, flags: OFlags) -> io::Result<OwnedFd> {

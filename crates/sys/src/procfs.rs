@@ -6,6 +6,10 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 
+use rustix::process::Uid;
+
+use crate::identity;
+
 /// One process, from `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Process {
@@ -27,8 +31,21 @@ pub struct Process {
 /// EACCES for a process of another user or one that isn't dumpable (CAP_SYS_PTRACE is the remedy), ENOENT when it
 /// has been reaped.
 pub fn socket_inodes(pid: i32) -> io::Result<Vec<(i32, u64)>> {
+    let directory = format!("/proc/{pid}/fd");
+    as_owner(&directory, || socket_inodes_in(&directory))
+}
+
+/// Does it, and if that fails does it as the one user who may: the process's.
+fn as_owner<T>(path: &str, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    attempt().or_else(|error| match rustix::fs::stat(path) {
+        Ok(stat) => identity::as_user(Some(Uid::from_raw(stat.st_uid)), attempt),
+        Err(_) => Err(error),
+    })
+}
+
+fn socket_inodes_in(directory: &str) -> io::Result<Vec<(i32, u64)>> {
     let mut sockets = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+    for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let target = match fs::read_link(entry.path()) {
             Ok(target) => target,
@@ -52,7 +69,8 @@ fn socket_inode(link: &str) -> Option<u64> {
 /// Whether descriptor `fd` of a process is this very socket.
 #[must_use]
 pub fn owns_socket(pid: i32, fd: i32, inode: u64) -> bool {
-    fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+    let directory = format!("/proc/{pid}/fd");
+    as_owner(&directory, || fs::read_link(format!("{directory}/{fd}")))
         .is_ok_and(|target| target.to_str().and_then(socket_inode) == Some(inode))
 }
 
@@ -150,7 +168,8 @@ const ENVIRONMENT_BYTES_MAX: u64 = 1024 * 1024;
 /// likes.
 pub fn environment(pid: i32) -> io::Result<Vec<(OsString, OsString)>> {
     let mut block = Vec::new();
-    let file = fs::File::open(format!("/proc/{pid}/environ"))?;
+    let path = format!("/proc/{pid}/environ");
+    let file = as_owner(&path, || fs::File::open(&path))?;
     let bytes = file.take(ENVIRONMENT_BYTES_MAX + 1).read_to_end(&mut block)? as u64;
     if bytes > ENVIRONMENT_BYTES_MAX {
         let message = format!("/proc/{pid}/environ has more than {ENVIRONMENT_BYTES_MAX} bytes");

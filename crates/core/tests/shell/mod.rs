@@ -25,10 +25,16 @@ pub(crate) struct Shell {
     pub(crate) steers: Result<(), i32>,
     /// The answer to `Prove`.
     pub(crate) verdict: Verdict,
-    members: Vec<ListenerId>,
+    /// The answer to `Anchor`.
+    pub(crate) anchors: Result<(), i32>,
+    /// `Prove` is answered.
+    pub(crate) answers: bool,
+    /// `Save` is answered at once.
+    pub(crate) keeps: bool,
+    pub(crate) members: Vec<ListenerId>,
     /// Who bound each listener, until that worker has closed it.
-    owners: BTreeMap<ListenerId, u32>,
-    listeners: u32,
+    pub(crate) owners: BTreeMap<ListenerId, u32>,
+    pub(crate) listeners: u32,
 }
 
 impl Shell {
@@ -41,6 +47,9 @@ impl Shell {
             open: 0,
             steers: Ok(()),
             verdict: Verdict::Passed,
+            anchors: Ok(()),
+            answers: true,
+            keeps: true,
             members: Vec::new(),
             owners: BTreeMap::new(),
             listeners: 0,
@@ -157,7 +166,7 @@ impl Shell {
             Command::Find { worker } => {
                 Event::Found { worker, found: Found::NotYet(Problem::NotListening(GROUP)) }
             }
-            Command::Prove { worker } => Event::Proved { worker, verdict: self.verdict },
+            Command::Prove { worker } if self.answers => Event::Proved { worker, verdict: self.verdict },
             Command::Bind { group, worker, .. } => {
                 self.listeners += 1;
                 let listener = ListenerId(self.listeners);
@@ -173,11 +182,11 @@ impl Shell {
             Command::Steer { group, .. } | Command::Attach { group, .. } => {
                 Event::Steered { group, result: self.steers }
             }
-            Command::Anchor { listener } => Event::Anchored { listener, result: Ok(()) },
+            Command::Anchor { listener } => Event::Anchored { listener, result: self.anchors },
             Command::Owns { listener, .. } => {
                 Event::Owned { listener, owned: self.owners.contains_key(&listener) }
             }
-            Command::Save => Event::Saved,
+            Command::Save if self.keeps => Event::Saved,
             Command::CheckRemains { worker } => Event::Remains { worker, left: false },
             Command::Observe { group } => Event::Observed { group, view: self.view() },
             Command::Count { ref workers } => {

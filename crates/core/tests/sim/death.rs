@@ -159,7 +159,9 @@ impl World {
                 Holder::Leader(id) => Some(*id),
                 _ => None,
             });
-            if socket.owner == Some(forgotten) && let Some(heir) = heir {
+            if socket.owner == Some(forgotten)
+                && let Some(heir) = heir
+            {
                 socket.owner = Some(heir);
             }
         }
@@ -170,9 +172,10 @@ impl Happening {
     /// Whom it is about.
     fn worker(&self) -> Option<WorkerId> {
         match self {
-            Happening::Accept(id) | Happening::Close(id, _) | Happening::Act(id, _) | Happening::Ended(id, _) => {
-                Some(*id)
-            }
+            Happening::Accept(id)
+            | Happening::Close(id, _)
+            | Happening::Act(id, _)
+            | Happening::Ended(id, _) => Some(*id),
             Happening::Deliver(event) => sender(event),
             Happening::Client
             | Happening::Handshake(_)

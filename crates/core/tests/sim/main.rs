@@ -7,6 +7,7 @@
 mod death;
 mod facts;
 mod kernel;
+mod life;
 mod oracle;
 mod orphans;
 mod outside;
@@ -21,7 +22,7 @@ mod world;
 
 use kernel::Holder;
 use oracle::Tally;
-use reuseportd_core::{Engine, MasterState, StopMode, Trigger};
+use reuseportd_core::{Engine, Event, MasterState, StopMode, Trigger};
 use std::collections::BTreeMap;
 use world::{Happening, MS, World};
 
@@ -89,13 +90,19 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     }
     come_to_rest(&mut world, &mut replay);
     end(&mut world, &mut replay);
-    Run { tally: world.oracle.tally, upkeep: world.upkeep.tally, outcomes: world.oracle.protocol.outcomes.clone() }
+    Run {
+        tally: world.oracle.tally,
+        upkeep: world.upkeep.tally,
+        outcomes: world.oracle.protocol.outcomes.clone(),
+    }
 }
 
 /// No faults any more: within bounded time everything is as the operator wants it, and stays so through an upgrade.
 fn come_to_rest(world: &mut World, replay: &mut Replay) {
     world.faults = false;
     world.trace(format_args!("no faults from here on"));
+    // Something that was put off may be left to be done.
+    world.tell(Event::Deadline);
     while !world.strangers.is_empty() {
         world.next_stranger();
     }
@@ -118,7 +125,7 @@ fn come_to_rest(world: &mut World, replay: &mut Replay) {
     while world.now < until && world.step() {
         replay.step += 1;
     }
-    world.oracle.judge_end(&world.kernel);
+    world.oracle.judge_end(&world.kernel, &world.workers);
 }
 
 /// After a stop nobody is left.
@@ -148,6 +155,9 @@ impl World {
     }
 
     fn unrest(&self) -> Option<String> {
+        if self.dead {
+            return Some("there is no master".to_owned());
+        }
         let state = self.master.state();
         if state != MasterState::Steady {
             return Some(format!("{state:?}"));
@@ -160,7 +170,8 @@ impl World {
         let mut serving = 0;
         for (id, worker) in &self.workers {
             let hangs = worker.mute.is_some() && self.plans[&worker.generation].watchdog.is_some();
-            let serves = worker.runs && !hangs && worker.generation == active && self.oracle.protocol.is_serving(*id);
+            let serves =
+                worker.runs && !hangs && worker.generation == active && self.oracle.protocol.is_serving(*id);
             serving += u32::from(serves);
             if !serves && (worker.runs || worker.child || !worker.reaped) {
                 return Some(format!("{id:?} lives: {worker:?}"));
@@ -205,6 +216,7 @@ fn nothing_is_lost_and_everything_ends() {
     if seeds >= 256 {
         assert!(sum.counted > 0 && sum.strays > 0 && sum.excused > 0 && outcomes.len() == 3);
         assert!(sum.inherited > 0 && control.inherited > 0);
+        assert!(upkeep.is_complete(), "something never happened: {upkeep:?}");
         assert!(control.excused > 0, "without steering nothing is lost: a loss could not be seen");
     }
 }

@@ -50,8 +50,6 @@ pub(crate) struct Oracle {
     pub(crate) refusing: BTreeSet<GroupId>,
     /// No master holds them: where the kernel does not move what waits there, it goes with the last process.
     pub(crate) doomed: BTreeSet<ListenerId>,
-    /// Where a master found processes, but could get no handle: it can't steer there before the next switch.
-    pub(crate) loose: BTreeSet<GroupId>,
     /// Handles that came too late, and go back at once.
     pub(crate) unwanted: BTreeSet<ListenerId>,
     deadline_handled: bool,
@@ -95,7 +93,6 @@ impl Oracle {
             tally: Tally::default(),
             refusing: BTreeSet::new(),
             doomed: BTreeSet::new(),
-            loose: BTreeSet::new(),
             unwanted: BTreeSet::new(),
             deadline_handled: false,
         }
@@ -106,7 +103,8 @@ impl Oracle {
     }
 
     pub(crate) fn event(&mut self, event: &Event, now: u64) {
-        if let Event::Ready { worker, listeners } | Event::Found { worker, found: Found::All(listeners) } = event
+        if let Event::Ready { worker, listeners } | Event::Found { worker, found: Found::All(listeners) } =
+            event
             && self.protocol.is_over(*worker)
         {
             self.unwanted.extend(listeners.iter().map(|(_, listener)| *listener));
@@ -149,7 +147,6 @@ impl Oracle {
             *self.admitted.entry(*listener).or_default() += count;
         }
         if let Report::Switched(generation) = report {
-            self.loose.clear();
             for group in &plans[generation].groups {
                 // Slots may have come to mean other listeners, so that no new program was needed.
                 self.steered(*group, kernel, workers);
@@ -198,7 +195,7 @@ impl Oracle {
 
     /// A program was put in force.
     pub(crate) fn steered(&mut self, group: GroupId, kernel: &Kernel, workers: &Workers) {
-        if kernel.groups.get(&group).is_some_and(|group| group.program != Program::Hash) {
+        if kernel.groups.get(&group).is_some_and(|g| g.program != Program::Hash && !g.is_foreign) {
             self.refusing.remove(&group);
         }
         if self.unsure.contains(&group) {
@@ -266,21 +263,22 @@ impl Oracle {
         let promised = self.engine != Engine::None && self.protocol.promises(group);
         let (listener, hashed) = match choice {
             Choice::Refused => {
-                let is_promised = promised && !self.refusing.contains(&group) && !self.loose.contains(&group);
+                let is_promised =
+                    promised && !self.refusing.contains(&group) && !self.protocol.loose.contains(&group);
                 assert!(!is_promised, "connection {connection} to {group:?} was refused");
                 return;
             }
             Choice::Named(listener) => (listener, false),
             Choice::Hashed(listener) => (listener, true),
         };
-        let mut excused = !promised || self.loose.contains(&group);
+        let mut excused = !promised || self.protocol.loose.contains(&group);
         if !excused {
             let socket = &kernel.sockets[&listener];
             let of = self.generations(socket, workers);
             let is_right = of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket);
             if !is_right {
                 self.tally.strays += 1;
-                let stray = self.stray(group, listener, hashed, kernel, workers);
+                let stray = self.stray(group, listener, hashed, now, kernel, workers);
                 assert!(
                     stray != Stray::Forbidden,
                     "connection {connection} to {group:?} strayed to {listener:?}: {socket:?}"
@@ -305,13 +303,21 @@ impl Oracle {
         group: GroupId,
         listener: ListenerId,
         hashed: bool,
+        now: u64,
         kernel: &Kernel,
         workers: &Workers,
     ) -> Stray {
         let socket = &kernel.sockets[&listener];
         let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
             // Before a master that found only processes has steered, the kernel chooses among all.
-            return if self.refusing.contains(&group) { Stray::Excused } else { Stray::Forbidden };
+            // So it does when all that served have died without anybody knowing yet.
+            let serves = |id: &WorkerId, w: &Worker| w.runs && self.protocol.was_serving(*id, now);
+            let is_served = workers.iter().any(|(id, worker)| serves(id, worker));
+            return if self.refusing.contains(&group) || (hashed && !is_served) {
+                Stray::Excused
+            } else {
+                Stray::Forbidden
+            };
         };
         let last = self.last_worker(socket, workers);
         let Some((id, owner)) = last.map(|id| (id, &workers[&id])) else {
@@ -474,11 +480,13 @@ impl Oracle {
         None
     }
 
-    /// Nobody may be waiting at the end.
-    pub(crate) fn judge_end(&self, kernel: &Kernel) {
+    /// Nobody may be waiting at the end, unless for a hanging orphan whose successors all failed.
+    pub(crate) fn judge_end(&self, kernel: &Kernel, workers: &Workers) {
         for (connection, listener) in &kernel.waiting {
             let excused = self.clients.get(connection).is_none_or(|client| client.excused);
             let socket = &kernel.sockets[listener];
+            let hangs = |id: WorkerId| workers[&id].orphan && workers[&id].mute.is_some();
+            let excused = excused || socket.workers().any(hangs);
             assert!(excused, "connection {connection} waits for ever in {listener:?}: {socket:?}");
         }
     }

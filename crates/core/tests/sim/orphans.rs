@@ -4,7 +4,7 @@ use crate::death::FORGOTTEN;
 use crate::kernel::{Holder, Stage};
 use crate::protocol::Protocol;
 use crate::world::{Happening, World};
-use reuseportd_core::{Engine, Event, Generation, GroupId, ListenerId, Master, Plan, Seat, Trigger, WorkerId};
+use reuseportd_core::{Event, Generation, GroupId, ListenerId, Master, Plan, Seat, Trigger, WorkerId};
 
 impl World {
     /// The keeper was killed, too: nobody has a handle any more.
@@ -15,12 +15,8 @@ impl World {
         self.upkeep.tally.orphaned += 1;
         // With its last listener a group's program goes.
         self.oracle.refusing.extend((0..self.groups).map(GroupId));
-        for (id, socket) in &self.kernel.sockets {
-            let is_last = socket.holders.len() == 1 && socket.holders.contains(&Holder::Master);
-            if is_last || socket.seat.is_some() || self.engine == Engine::Cbpf {
-                self.oracle.doomed.insert(*id);
-            }
-        }
+        // With its last process, what waits in a socket goes, too.
+        self.oracle.doomed.extend(self.kernel.sockets.keys());
     }
 
     /// The next master finds processes in the journal. What they were told, and said, is not known.
@@ -66,12 +62,13 @@ impl World {
             found.push((*id, self.handles_of(*id)));
         }
         self.upkeep.tally.orphans += found.len() as u64;
-        let is_held = |group: &GroupId| found.iter().flat_map(|(_, handles)| handles).any(|(of, _)| of == group);
+        let is_held =
+            |group: &GroupId| found.iter().flat_map(|(_, handles)| handles).any(|(of, _)| of == group);
         let loose = (0..self.groups).map(GroupId).filter(|group| !is_held(group)).collect();
         self.plans.insert(generation, plan.clone());
         let protocol = Protocol::orphaned(self.engine, generation, plan.clone(), living, self.now);
         self.oracle.orphaned(protocol, (0..self.groups).map(GroupId));
-        self.oracle.loose = loose;
+        self.oracle.protocol.loose = loose;
         self.tell(Event::Orphans { generation, plan: seated, workers: found });
         self.begin();
         if !self.dead {

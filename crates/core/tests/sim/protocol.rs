@@ -1,6 +1,7 @@
 //! The part of the judge that watches processes, generations, tickets and notices: what may follow what.
 
 use crate::kernel::{Holder, Kernel, Stage};
+use crate::life::Life;
 use crate::workers::Worker;
 use reuseportd_core::{
     Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Phase, Plan, Readiness,
@@ -10,45 +11,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 type Workers = BTreeMap<WorkerId, Worker>;
-
-/// One worker as the orders and answers show it.
-#[derive(Clone, Copy, Debug)]
-struct Life {
-    generation: Generation,
-    seat: Seat,
-    /// What `Spawn` was answered with.
-    answered: Option<bool>,
-    spawned: u64,
-    ready: bool,
-    /// Requests answered in a row, and when the last was answered.
-    passes: u16,
-    asked: Option<u64>,
-    /// Told to stop, first.
-    stopped: Option<u64>,
-    replaced: bool,
-    killed: bool,
-    exited: Option<u64>,
-    reaped: bool,
-}
-
-impl Life {
-    fn new(generation: Generation, seat: Seat, now: u64) -> Life {
-        Life {
-            generation,
-            seat,
-            answered: None,
-            spawned: now,
-            ready: false,
-            passes: 0,
-            asked: None,
-            stopped: None,
-            replaced: false,
-            killed: false,
-            exited: None,
-            reaped: false,
-        }
-    }
-}
 
 /// A seat's respawns.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,6 +37,8 @@ pub(crate) struct Protocol {
     open_tickets: BTreeSet<Ticket>,
     notices: Vec<Notice>,
     stop: Option<(StopMode, u64)>,
+    /// Where a master found processes, but could get no handle: it can't steer there before the next switch.
+    pub(crate) loose: BTreeSet<GroupId>,
     pub(crate) exit: Option<u8>,
     pub(crate) outcomes: BTreeMap<&'static str, u32>,
     ended: BTreeSet<u32>,
@@ -97,6 +61,7 @@ impl Protocol {
             open_tickets: BTreeSet::new(),
             notices: Vec::new(),
             stop: None,
+            loose: BTreeSet::new(),
             exit: None,
             outcomes: BTreeMap::new(),
             ended: BTreeSet::new(),
@@ -105,7 +70,13 @@ impl Protocol {
     }
 
     /// Nothing is known but that these processes serve.
-    pub(crate) fn orphaned(engine: Engine, generation: Generation, plan: Plan, workers: &[WorkerId], now: u64) -> Protocol {
+    pub(crate) fn orphaned(
+        engine: Engine,
+        generation: Generation,
+        plan: Plan,
+        workers: &[WorkerId],
+        now: u64,
+    ) -> Protocol {
         let mut protocol = Protocol::new(engine);
         for (seat, worker) in (0..).map(Seat).zip(workers) {
             let life = Life { answered: Some(true), ready: true, ..Life::new(generation, seat, now) };
@@ -168,6 +139,11 @@ impl Protocol {
         self.lives.get(&worker).is_none_or(|l| l.ready || l.stopped.is_some() || l.exited.is_some())
     }
 
+    /// It does, and not only since this moment.
+    pub(crate) fn was_serving(&self, worker: WorkerId, now: u64) -> bool {
+        self.is_serving(worker) && self.lives.get(&worker).is_some_and(|life| life.ready_since < now)
+    }
+
     pub(crate) fn has_exited(&self, worker: WorkerId) -> bool {
         self.lives.get(&worker).is_some_and(|life| life.exited.is_some())
     }
@@ -187,7 +163,8 @@ impl Protocol {
     }
 
     pub(crate) fn is_quiet(&self) -> bool {
-        self.open_tickets.is_empty() && self.launching.is_none()
+        let is_reloading = self.notices.last() == Some(&Notice::Reloading);
+        self.open_tickets.is_empty() && self.launching.is_none() && !is_reloading
     }
 
     pub(crate) fn event(&mut self, event: &Event, now: u64) {
@@ -301,12 +278,13 @@ impl Protocol {
         assert!(!is_early, "{worker:?} was asked again within {interval:?}");
     }
 
-    fn proven(&mut self, worker: WorkerId) {
+    fn proven(&mut self, worker: WorkerId, now: u64) {
         let life = *self.life(worker);
         let plan = &self.plans[&life.generation];
         let suffices = plan.readiness != Readiness::Http || life.passes >= plan.passes;
         assert!(suffices, "{worker:?} is ready without having answered {} times: {life:?}", plan.passes);
-        self.life(worker).ready = true;
+        let life = self.life(worker);
+        (life.ready, life.ready_since) = (true, now);
     }
 
     fn life(&mut self, worker: WorkerId) -> &mut Life {
@@ -387,6 +365,8 @@ impl Protocol {
         }
         if let Some(owner) = socket.owner
             && socket.is_owned()
+            // Orphans share what was the socket of a seat; it is the first one's.
+            && socket.users.is_empty()
             && shutdown
         {
             let life = *self.life(owner);
@@ -400,7 +380,7 @@ impl Protocol {
         }
         let last = self.notices.last().copied();
         let legal = match notice {
-            Notice::Ready => matches!(last, None | Some(Notice::Reloading)),
+            Notice::Ready => last != Some(Notice::Stopping),
             Notice::Reloading => last == Some(Notice::Ready),
             Notice::Stopping => last != Some(Notice::Stopping),
             Notice::Extend(_) | Notice::Alive => true,
@@ -431,7 +411,7 @@ impl Protocol {
             Report::Entered(generation, Phase::Steering) => {
                 self.served.insert(*generation);
             }
-            Report::WorkerReady(worker) => self.proven(*worker),
+            Report::WorkerReady(worker) => self.proven(*worker, now),
             Report::Replaced(worker, _) => self.life(*worker).replaced = true,
             Report::SteerFailed(group, _) => {
                 self.refused_to_steer.insert(*group);
@@ -444,6 +424,7 @@ impl Protocol {
                     assert!(self.lives.values().any(filled), "switched without {:?}", Seat(seat));
                 }
                 self.active = Some(*generation);
+                self.loose.clear();
             }
             Report::Ended(receipt) => self.ended(receipt),
             Report::Respawning(generation, seat, pause) => self.respawning(*generation, *seat, *pause, now),

@@ -1,8 +1,8 @@
 //! Sockets of seats in the simulated world: made by the master, passed to one worker after the other.
 
 use crate::kernel::{Holder, Kernel, Socket, Stage};
-use crate::world::World;
-use reuseportd_core::{GroupId, ListenerId, Seat, Verdict, WorkerId};
+use crate::world::{Happening, MS, World};
+use reuseportd_core::{Event, GroupId, ListenerId, Seat, Verdict, WorkerId};
 
 impl Kernel {
     /// The latest socket of a seat that the master holds.
@@ -87,8 +87,20 @@ impl World {
         self.set(id, |worker| worker.deserted = !sockets.is_empty());
     }
 
+    /// Connects to it, and sees at once or somewhat later what becomes of it.
+    pub(crate) fn try_out(&mut self, worker: WorkerId) {
+        let event = Event::Proved { worker, verdict: self.prove(worker) };
+        if self.rng.permille(300) {
+            self.proving.insert(worker);
+            let takes = self.rng.below(20 * MS);
+            self.later(takes, Happening::Deliver(Box::new(event)));
+        } else {
+            self.answer(event);
+        }
+    }
+
     /// Programs that load for a while have their listeners long before they accept, or answer.
-    pub(crate) fn prove(&mut self, id: WorkerId) -> Verdict {
+    fn prove(&mut self, id: WorkerId) -> Verdict {
         let worker = &self.workers[&id];
         let (runs, healthy) = (worker.runs, worker.temper.healthy);
         let serves = worker.serves || !worker.temper.handover;

@@ -13,11 +13,11 @@ pub(crate) struct Twin {
 }
 
 pub(crate) fn written(master: &Master) -> String {
-    serde_json::to_string(master).unwrap()
+    serde_json::to_string(master).unwrap_or_else(|error| panic!("can't be written down: {error}"))
 }
 
 pub(crate) fn read(text: &str) -> Master {
-    serde_json::from_str(text).unwrap()
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("can't be read: {error}: {text}"))
 }
 
 impl World {

@@ -60,8 +60,11 @@ impl Tally {
 
     /// Whether everything happened.
     pub(crate) fn is_complete(&self) -> bool {
-        let Tally { images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphaned, orphans } = *self;
-        [images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphaned, orphans].iter().all(|n| *n > 0)
+        let Tally { images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphaned, orphans } =
+            *self;
+        [images, reexecs, refused, keepers, stuck, deaths, lost_handles, orphaned, orphans]
+            .iter()
+            .all(|n| *n > 0)
     }
 }
 
@@ -190,10 +193,13 @@ impl World {
             }
             return self.answer(Event::Saved);
         }
-        if self.upkeep.keeper && self.plan.is_some() && (self.saved.is_none() || (self.mortality > 0 && self.rng.permille(30))) {
+        if self.upkeep.keeper
+            && self.plan.is_some()
+            && (self.saved.is_none() || (self.mortality > 0 && self.rng.permille(30)))
+        {
             self.save();
         }
-        if self.upkeep.executes && !self.rng.permille(300) {
+        if self.upkeep.executes && self.fault(300).is_ok() {
             self.upkeep.executes = false;
             let done = self.fault(200).is_ok();
             if done {
@@ -208,7 +214,9 @@ impl World {
     /// Whoever has a watchdog feeds it.
     pub(crate) fn plan_signs(&mut self, id: WorkerId) {
         let worker = &self.workers[&id];
-        let Some(hangs) = self.plans[&worker.generation].watchdog.map(|_| worker.temper.hangs) else { return };
+        let Some(hangs) = self.plans[&worker.generation].watchdog.map(|_| worker.temper.hangs) else {
+            return;
+        };
         self.later(MS, Happening::Act(id, Act::Feed));
         if let Some(delay) = hangs {
             self.later(delay, Happening::Act(id, Act::Mute));

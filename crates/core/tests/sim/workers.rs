@@ -280,7 +280,11 @@ impl World {
     pub(crate) fn plan_accept(&mut self, id: WorkerId) {
         let delay = self.rng.below(self.workers[&id].temper.accept + 1);
         let worker = &self.workers[&id];
-        if worker.runs && worker.mute.is_none() && !worker.accept_planned && (worker.serves || !worker.temper.handover) {
+        if worker.runs
+            && worker.mute.is_none()
+            && !worker.accept_planned
+            && (worker.serves || !worker.temper.handover)
+        {
             self.set(id, |w| w.accept_planned = true);
             self.later(delay, Happening::Accept(id));
         }

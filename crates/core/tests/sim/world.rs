@@ -1,12 +1,12 @@
 //! The simulated world: one clock, one agenda, and the shell that carries out what the core asks for.
 
+use crate::death::{Saved, sender};
 use crate::kernel::{Holder, Kernel, Program, Stage};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
-use crate::death::{Saved, sender};
+use crate::temper::Temper;
 use crate::twin::Twin;
 use crate::upkeep::Upkeep;
-use crate::temper::Temper;
 use crate::workers::{Act, Worker};
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Order, Plan, Signal, Time,
@@ -208,7 +208,7 @@ impl World {
             self.proving.remove(worker);
         }
         if let Event::Ready { worker, listeners } = &event {
-            let lost = self.workers[worker].reaped;
+            let lost = self.workers[worker].reaped || self.workers[worker].orphan;
             for (_, listener) in listeners {
                 if !lost && let Some(socket) = self.kernel.sockets.get_mut(listener) {
                     socket.holders.insert(Holder::Master);
@@ -315,14 +315,7 @@ impl World {
                 Order::Take(listener) => self.told_to_take(worker, listener),
             },
             Command::Prove { worker } => {
-                let event = Event::Proved { worker, verdict: self.prove(worker) };
-                if self.rng.permille(300) {
-                    self.proving.insert(worker);
-                    let takes = self.rng.below(20 * MS);
-                    self.later(takes, Happening::Deliver(Box::new(event)));
-                } else {
-                    self.answer(event);
-                }
+                self.try_out(worker);
             }
             Command::CheckRemains { worker } => {
                 let left = self.workers[&worker].child;

@@ -13,4 +13,5 @@ mod process;
 mod slots;
 mod steering;
 mod strangers;
+mod users;
 mod world;

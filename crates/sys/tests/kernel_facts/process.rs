@@ -32,6 +32,7 @@ pub(crate) struct Around<'a> {
     pub(crate) limits: Vec<Limit>,
     pub(crate) no_new_privileges: bool,
     pub(crate) pid_variables: &'a [&'a str],
+    pub(crate) identity: Identity,
 }
 
 /// Starts a program with its output in a pipe.
@@ -52,7 +53,7 @@ pub(crate) fn start(
         envp: &envp,
         fds: &fds,
         umask: around.umask,
-        identity: &Identity::default(),
+        identity: &around.identity,
         cpus: None,
         directory: around.directory,
         limits: &around.limits,
@@ -123,6 +124,7 @@ fn a_worker_gets_just_what_it_was_given() {
             limits: vec![Limit { resource: libc::RLIMIT_NOFILE, soft: 123, hard: 456 }],
             no_new_privileges: true,
             pid_variables: &["LISTEN_PID", "WATCHDOG_PID"],
+            identity: Identity::default(),
         };
         let child = start(&sh, &["sh", "-c", script], &around).unwrap();
         let pid = child.0.pid.to_string();

@@ -1,6 +1,9 @@
 //! One short story per sentence an operator would say.
 
+#[path = "../shell/mod.rs"]
 mod shell;
+mod takeover;
+mod upkeep;
 
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, ListenerId, MasterState, Notice, Order, Outcome, Plan,
@@ -72,7 +75,7 @@ impl Shell {
     /// No socket was made, and none was let go of.
     fn assert_sockets_stay(&self) {
         assert!(!self.said.iter().any(|said| matches!(said, Command::Bind { .. })));
-        assert_eq!(self.released(), []);
+        assert!(self.released().is_empty());
     }
 
     fn receipt(&self) -> &Receipt {
