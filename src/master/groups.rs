@@ -238,9 +238,7 @@ impl Groups {
         let replaced = ebpf.attach(listener).and_then(|()| {
             loop {
                 match ebpf.admit(PROOF_KEY, listener) {
-                    Err(error)
-                        if error.errno() == Some(nix::libc::EBUSY) && Instant::now() < deadline =>
-                    {
+                    Err(error) if error.errno() == Some(nix::libc::EBUSY) && Instant::now() < deadline => {
                         let _ = poll(&mut [], Some(&LET_GO_PAUSE));
                     }
                     result => break result.and_then(|()| ebpf.remove(PROOF_KEY)),

@@ -98,7 +98,11 @@ impl Shell {
         });
         match started {
             Ok(keeper) => {
-                tracing::debug!(event = "keeper_started", pid = keeper.pid(), "a keeper holds the descriptors");
+                tracing::debug!(
+                    event = "keeper_started",
+                    pid = keeper.pid(),
+                    "a keeper holds the descriptors"
+                );
                 if let Some(earlier) = self.keeper.replace(Carried::new(keeper)) {
                     earlier.into_inner().dismiss();
                 }

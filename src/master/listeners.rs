@@ -66,7 +66,16 @@ impl Listeners {
         let id = ListenerId(self.last);
         self.by_id.insert(
             id,
-            Listener { group, worker, seat, cookie, inode, owner, handle: Some(Carried::new(handle)), key: None },
+            Listener {
+                group,
+                worker,
+                seat,
+                cookie,
+                inode,
+                owner,
+                handle: Some(Carried::new(handle)),
+                key: None,
+            },
         );
         Ok(id)
     }
@@ -116,7 +125,9 @@ impl Listeners {
     /// Any handle of a group: programs are attached to a group through one of its sockets.
     pub(super) fn member(&self, group: GroupId) -> Option<BorrowedFd<'_>> {
         let mut handles = self.by_id.values().filter(|l| l.group == group).filter_map(|l| l.handle.as_ref());
-        handles.find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false)).map(|handle| handle.as_fd())
+        handles
+            .find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false))
+            .map(|handle| handle.as_fd())
     }
 
     /// Whether there is any in this group.

@@ -48,7 +48,11 @@ impl Shell {
                 self.upstream.status(&format!("no re-exec: {reason}"));
             }
             Report::Adopted(workers) => {
-                tracing::warn!(event = "adopted", workers, "took over {workers} workers of a master that has ended");
+                tracing::warn!(
+                    event = "adopted",
+                    workers,
+                    "took over {workers} workers of a master that has ended"
+                );
                 self.upstream.status(&format!("took over {workers} workers of a master that has ended"));
             }
             Report::Bug(what) => {

@@ -72,7 +72,8 @@ fn begin(
 ) -> Result<Shell, NoStart> {
     let invalid = |errors: config::ConfigErrors| NoStart(errors.to_string(), 2);
     // What a former master has left is taken over even if the file has become invalid since.
-    let runtime = Runtime::open(config::control_socket(path).map_err(invalid)?).map_err(|error| error.to_string());
+    let runtime =
+        Runtime::open(config::control_socket(path).map_err(invalid)?).map_err(|error| error.to_string());
     let (signals, runtime) = match runtime {
         Ok(runtime) => match restore::adopt(signals, runtime)? {
             restore::Adoption::Done(shell) => return Ok(*shell),
@@ -81,8 +82,10 @@ fn begin(
         Err(error) => (signals, Err(error)),
     };
     let config = Rc::new(config::load(path).map_err(invalid)?);
-    let settings =
-        LogSettings { format: format.unwrap_or(config.log.format), level: level.map(|level| level.to_string()) };
+    let settings = LogSettings {
+        format: format.unwrap_or(config.log.format),
+        level: level.map(|level| level.to_string()),
+    };
     let level = log::start(settings.format, settings.level(&config));
     let mut shell = prepare(&config, signals, settings, level, runtime?)?;
     let trigger = if shell.find_orphans()? { Trigger::Orphans } else { Trigger::Start };

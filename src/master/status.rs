@@ -41,6 +41,7 @@ impl Shell {
                 started_at: clock::wall(self.started),
                 reexecs: self.reexecs,
                 adopted: self.adopted,
+                keeper: self.keeper.as_ref().map(|keeper| keeper.pid().cast_unsigned()),
             },
             active_generation: view.active.map(|generation| generation.0),
             generations: generations.collect(),

@@ -43,6 +43,8 @@ pub(super) struct Listener {
 pub(super) struct Running {
     pub(super) app: String,
     pub(super) master: i32,
+    /// Holds what the master holds.
+    pub(super) keeper: Option<i32>,
     pub(super) workers: Vec<Worker>,
 }
 
@@ -122,6 +124,7 @@ fn of_status(status: &Status) -> Facts {
         running: Some(Running {
             app: status.app.clone(),
             master: status.master.pid.cast_signed(),
+            keeper: status.master.keeper.map(u32::cast_signed),
             workers: workers.collect(),
         }),
         ..Facts::default()

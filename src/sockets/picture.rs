@@ -6,7 +6,7 @@ use reuseportd_sys::diag;
 use reuseportd_wire::status::Engine;
 use serde::Serialize;
 
-use super::facts::{Facts, Listener, Owner, Worker};
+use super::facts::{Facts, Listener, Owner, Running, Worker};
 
 /// All ports. Field names are for scripts; what is not known is null.
 #[derive(Debug, Serialize)]
@@ -144,10 +144,11 @@ fn seen(socket: &diag::Socket, listeners: &[&Listener], facts: &Facts) -> Seen {
     }
 }
 
-/// The master holds many a listener besides its worker; who accepts comes first.
+/// Master and keeper hold many a listener besides its worker; who accepts comes first.
 fn master_last(owners: &[Owner], facts: &Facts) -> Vec<Owner> {
     let mut owners = owners.to_vec();
-    owners.sort_by_key(|owner| facts.running.as_ref().is_some_and(|running| running.master == owner.pid));
+    let is_held = |running: &Running, pid| running.master == pid || running.keeper == Some(pid);
+    owners.sort_by_key(|owner| facts.running.as_ref().is_some_and(|running| is_held(running, owner.pid)));
     owners
 }
 
@@ -157,7 +158,7 @@ fn relation<'a>(owners: &[Owner], facts: &'a Facts) -> (Relation, Option<&'a Wor
     let worker = running.workers.iter().find(|worker| worker.pids.iter().any(|pid| holds(*pid)));
     let relation = match worker {
         Some(_) => Relation::Worker,
-        None if holds(running.master) => Relation::Master,
+        None if holds(running.master) || running.keeper.is_some_and(holds) => Relation::Master,
         None if owners.is_empty() && facts.unreadable > 0 => Relation::Unknown,
         None => Relation::Stranger,
     };

@@ -34,6 +34,7 @@ fn facts(listen: &str, engine: Engine, sockets: &[(&str, i32)]) -> Facts {
     let running = Running {
         app: "web".into(),
         master: 1,
+        keeper: None,
         workers: vec![worker(1, 0, false, &[20]), worker(2, 5, true, &[10, 11])],
     };
     let owner = |pid| Owner { pid, command: format!("program {pid}") };

@@ -168,6 +168,8 @@ impl Master {
         for group in groups {
             self.pump(group);
         }
+        // A group that had to be steered first may turn out to have nobody to be steered to.
+        self.advance_launch();
         self.advance_upgrade();
         self.advance_retirements();
         self.advance_stop();

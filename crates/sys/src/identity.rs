@@ -8,8 +8,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{Access, AtFlags, CWD};
 use nix::unistd::setfsuid;
+use rustix::fs::{Access, AtFlags, CWD};
 use rustix::process::{self, DumpableBehavior, Gid, Signal, Uid};
 use rustix::thread::{self, CapabilitySet, CapabilitySets};
 
@@ -100,10 +100,10 @@ impl Identity {
 }
 
 /// Makes or looks at files and sockets as this user (in /proc too): what comes into being is that user's, and what only
-/// that user may open can be opened, without CAP_CHOWN and CAP_DAC_READ_SEARCH. Nothing changes for `None`, and without
-/// CAP_SETUID. Only for processes with one thread: meanwhile it is not dumpable.
+/// that user may open can be opened, without CAP_CHOWN and CAP_DAC_READ_SEARCH. Nothing changes for `None`, for its own
+/// user, and without CAP_SETUID. Only for processes with one thread: meanwhile it is not dumpable.
 pub fn as_user<T>(uid: Option<Uid>, run: impl FnOnce() -> T) -> T {
-    let _back = uid.filter(|uid| *uid != process::geteuid()).map(Former::leave);
+    let _back = uid.map(Former::leave);
     run()
 }
 

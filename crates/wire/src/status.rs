@@ -213,6 +213,9 @@ pub struct MasterInfo {
     pub reexecs: u32,
     /// Whether it took over workers of a master that crashed.
     pub adopted: bool,
+    /// Process id of its keeper; null without one.
+    #[serde(default)]
+    pub keeper: Option<u32>,
 }
 
 /// One generation.

@@ -202,6 +202,20 @@ fn a_group_that_nobody_is_left_in_does_not_hold_up_anything() {
 }
 
 #[test]
+fn an_upgrade_begins_although_a_group_could_not_be_steered_before_it_got_empty() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.steers = Err(2);
+    shell.is_succeeded(&[]);
+    shell.exits(1, KILLED);
+    shell.tell(Event::SpawnFailed { worker: WorkerId(2), errno: 12 });
+    shell.is_succeeded(&[1]);
+    shell.said.clear();
+    shell.upgrade(1, Trigger::Signal);
+    shell.pass(SECOND * 2);
+    assert!(shell.said.iter().any(|said| matches!(said, Command::Spawn { generation: Generation(2), .. })));
+}
+
+#[test]
 fn orphans_serve_until_a_generation_of_the_present_program_does() {
     for engine in [Engine::Ebpf, Engine::Cbpf] {
         let mut shell = Shell::with_orphans(engine, &[true, true, false]);

@@ -156,7 +156,7 @@ impl World {
                 self.oracle.deadline_due();
                 self.tell(Event::Deadline);
                 // Sometimes the master gets to run late, and then everything that waited comes at once.
-                if self.faults && self.rng.permille(5) {
+                if self.faults && !self.dead && self.rng.permille(5) {
                     self.stalled = self.now + self.rng.between(10, 3000) * MS;
                 }
             }
@@ -175,7 +175,7 @@ impl World {
     }
 
     fn happen(&mut self, happening: Happening) {
-        if self.now < self.stalled
+        if (self.dead || self.now < self.stalled)
             && matches!(
                 happening,
                 Happening::Deliver(_) | Happening::Ended(..) | Happening::Operator | Happening::KeeperEnds
