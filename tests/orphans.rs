@@ -55,9 +55,7 @@ fn killed_with_the_keeper(mode: &str, engine: &'static str) {
     world(needs_of(engine), |world| {
         let mut master = Master::start(world, &busy(world, mode, engine));
         let load = Load::start(many(world));
-        // Under `cbpf` which slot is whose is known of the first generation only: its listeners sit there by age.
-        let rounds = if engine == "ebpf" { rounds(1, 5) } else { 1 };
-        for round in 0..rounds {
+        for round in 0..rounds(2, 5) {
             // Some that drain may be among them.
             let orphans: Vec<u32> = processes_of(&world.app).iter().map(|process| process.pid).collect();
             let serving = master.serving();

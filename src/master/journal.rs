@@ -2,9 +2,11 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use reuseportd_core::Engine;
 use reuseportd_sys::procfs;
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +26,17 @@ pub(super) struct Journal {
     by: String,
     pub(super) place: Place,
     pub(super) workers: Vec<Entry>,
+    /// `cbpf`: who sits where can't be found out anew.
+    #[serde(default)]
+    pub(super) slots: Vec<Slots>,
+}
+
+/// A group's sockets by the kernel's names for them, in the order of their slots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Slots {
+    pub(super) address: SocketAddr,
+    pub(super) v6only: bool,
+    pub(super) cookies: Vec<u64>,
 }
 
 /// One worker.
@@ -99,7 +112,7 @@ fn read_own(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 impl Shell {
-    /// Writes the journal if other processes are ours than it says.
+    /// Writes the journal if it says anything else than what is.
     pub(super) fn write_journal(&mut self) -> io::Result<()> {
         let workers: Vec<Entry> = self
             .processes
@@ -111,14 +124,26 @@ impl Shell {
                 seat: process.seat.0,
             })
             .collect();
-        if self.journalled.as_ref() == Some(&workers) {
+        let slots = self.slots();
+        if self.journalled.as_ref().is_some_and(|known| known.0 == workers && known.1 == slots) {
             return Ok(());
         }
         let by = env!("CARGO_PKG_VERSION").to_owned();
-        let journal = Journal { journal: VERSION, by, place: Place::here()?, workers };
+        let journal = Journal { journal: VERSION, by, place: Place::here()?, workers, slots };
         replace(&self.runtime.journal_path(), &serde_json::to_vec(&journal)?)?;
-        self.journalled = Some(journal.workers);
+        self.journalled = Some((journal.workers, journal.slots));
         Ok(())
+    }
+
+    fn slots(&self) -> Vec<Slots> {
+        if self.groups.choice.engine != Engine::Cbpf {
+            return Vec::new();
+        }
+        let of_group = |(id, cookies)| {
+            let group = self.groups.of(id)?;
+            Some(Slots { address: group.address, v6only: group.v6only, cookies })
+        };
+        self.core.slots().into_iter().filter_map(of_group).collect()
     }
 }
 
@@ -142,7 +167,7 @@ mod tests {
 
     fn journal() -> Journal {
         let workers = vec![Entry { pid: 1, start_time: 2, generation: 3, seat: 4 }];
-        Journal { journal: VERSION, by: "0.0.1".into(), place: Place::here().unwrap(), workers }
+        Journal { journal: VERSION, by: "0.0.1".into(), place: Place::here().unwrap(), workers, slots: Vec::new() }
     }
 
     #[test]

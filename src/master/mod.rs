@@ -147,6 +147,6 @@ struct Shell {
     keeper: Option<Carried<Keeper>>,
     saving: Saving,
     /// What the journal says.
-    journalled: Option<Vec<journal::Entry>>,
+    journalled: Option<(Vec<journal::Entry>, Vec<journal::Slots>)>,
     exit: Option<u8>,
 }

@@ -14,32 +14,32 @@ use reuseportd_wire::env;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::carried::{Carried, Pidfd};
-use super::journal::{self, Entry, JournalError};
+use super::journal::{self, Entry, JournalError, Slots};
 use super::launch::Launch;
 use super::output::Output;
 use super::process::{LastLines, Process};
 use super::start::NoStart;
 use super::{Shell, clock, look, reload, restore};
-use crate::config::Output as OutputMode;
+use crate::config::{Listen, Output as OutputMode};
 
 impl Shell {
     /// Makes living workers of a former master the first generation. `false` if there are none.
     pub(super) fn find_orphans(&mut self) -> Result<bool, NoStart> {
-        let mut entries = self.journalled_and_alive()?;
+        let (mut entries, slots) = self.journalled_and_alive()?;
         let known: BTreeSet<i32> = entries.iter().map(|entry| entry.pid).collect();
         entries.extend(self.ours_besides(&known));
         let is_any = !entries.is_empty();
         if is_any {
-            self.take_orphans(entries)?;
+            self.take_orphans(entries, &slots)?;
         }
         Ok(is_any)
     }
 
     /// Those that the journal names.
-    fn journalled_and_alive(&self) -> Result<Vec<Entry>, NoStart> {
+    fn journalled_and_alive(&self) -> Result<(Vec<Entry>, Vec<Slots>), NoStart> {
         let journal = match journal::read(&self.runtime.journal_path()) {
             Ok(Some(journal)) => journal,
-            Ok(None) => return Ok(Vec::new()),
+            Ok(None) => return Ok((Vec::new(), Vec::new())),
             Err(error @ JournalError::Newer { .. }) => return Err(error.to_string().into()),
             Err(JournalError::Useless(why)) => {
                 tracing::warn!(
@@ -47,17 +47,17 @@ impl Shell {
                     why,
                     "the journal of a former master is not used: {why}"
                 );
-                return Ok(Vec::new());
+                return Ok((Vec::new(), Vec::new()));
             }
         };
         let living: Vec<Entry> = journal.workers.into_iter().filter(Entry::lives).collect();
         match journal.place.check() {
             Err(error) if !living.is_empty() => Err(restore::elsewhere(&error).into()),
-            Ok(()) | Err(_) => Ok(living),
+            Ok(()) | Err(_) => Ok((living, journal.slots)),
         }
     }
 
-    fn take_orphans(&mut self, mut entries: Vec<Entry>) -> Result<(), NoStart> {
+    fn take_orphans(&mut self, mut entries: Vec<Entry>, slots: &[Slots]) -> Result<(), NoStart> {
         entries.sort_by_key(|entry| (entry.seat, entry.generation));
         let generation = Generation(entries.iter().map(|entry| entry.generation).max().unwrap_or(1));
         let launch = Launch::prepare(Rc::clone(&self.config), &self.runtime, &mut self.groups);
@@ -86,9 +86,14 @@ impl Shell {
             "{count} workers have neither master nor keeper: they serve until new ones do"
         );
         self.adopted = true;
-        self.prepared.push_front(launch);
         let plan = Plan { workers: u16::try_from(count).unwrap_or(u16::MAX), ..plan };
-        self.inbox.push_back(Event::Orphans { generation, plan, workers });
+        let cookies_of = |(id, listen): (GroupId, &Listen)| {
+            let is_its = |slots: &&Slots| (slots.address, slots.v6only) == listen.place();
+            Some((id, slots.iter().find(is_its)?.cookies.clone()))
+        };
+        let slots = launch.listeners().filter_map(cookies_of).collect();
+        self.prepared.push_front(launch);
+        self.inbox.push_back(Event::Orphans { generation, plan, workers, slots });
         Ok(())
     }
 

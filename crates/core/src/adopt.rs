@@ -7,6 +7,7 @@ use crate::group::{InForce, Work};
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, Plan};
+use crate::slots::Slots;
 use crate::timers::Timer;
 use crate::worker::{Worker, WorkerKind, WorkerState};
 use alloc::vec::Vec;
@@ -72,6 +73,7 @@ impl Master {
         generation: Generation,
         plan: Plan,
         orphans: &[(WorkerId, Vec<(GroupId, ListenerId)>)],
+        slots: &[(GroupId, Vec<u64>)],
     ) {
         self.generation_last = self.generation_last.max(generation.0);
         self.open_groups(&plan.groups);
@@ -96,14 +98,26 @@ impl Master {
             group.has_unseen = !self.listeners.values().any(|listener| listener.group == *id);
         }
         self.aim(&[(generation, 1000)]);
-        // In which order they got their slots nobody knows any more.
+        for (id, cookies) in slots {
+            if let Some(group) = self.groups.get_mut(id) {
+                group.slots = Slots::of_cookies(cookies);
+            }
+        }
+        // In which order they got their slots nobody knows otherwise.
         if self.engine == Engine::Cbpf {
-            let groups: Vec<GroupId> = self.groups.keys().copied().collect();
-            groups.into_iter().for_each(|group| self.report(Report::SlotsUnsure(group)));
+            let is_known = |group: &GroupId| slots.iter().any(|(of, _)| of == group);
+            let unsure: Vec<GroupId> = self.groups.keys().filter(|group| !is_known(group)).copied().collect();
+            unsure.into_iter().for_each(|group| self.report(Report::SlotsUnsure(group)));
         }
         self.report(Report::Launching(generation, Trigger::Orphans));
         self.report(Report::Adopted(orphans.len()));
         self.announce();
+    }
+
+    /// The sockets of each group in the order of their slots, for a next master.
+    #[must_use]
+    pub fn slots(&self) -> Vec<(GroupId, Vec<u64>)> {
+        self.groups.iter().map(|(id, group)| (*id, group.slots.cookies())).collect()
     }
 
     /// The service manager has started this master, and waits.

@@ -65,6 +65,8 @@ pub enum Event {
         plan: Plan,
         /// With the listeners that the master has handles of.
         workers: Vec<(WorkerId, Vec<(GroupId, ListenerId)>)>,
+        /// `cbpf`: the sockets of each group in the order of their slots, as that master last knew it.
+        slots: Vec<(GroupId, Vec<u64>)>,
     },
 
     /// The process exists.

@@ -123,7 +123,9 @@ impl Master {
             Event::KeeperMissing => self.on_keeper_missing(),
             Event::Supervised { every } => self.on_supervised(every),
             Event::Adopted { lost } => self.on_adopted(&lost),
-            Event::Orphans { generation, plan, workers } => self.on_orphans(generation, plan, &workers),
+            Event::Orphans { generation, plan, workers, slots } => {
+                self.on_orphans(generation, plan, &workers, &slots);
+            }
             Event::Spawned { worker } => self.on_spawned(worker),
             Event::Bound { group, worker, result } => self.on_bound(group, worker, result),
             Event::SpawnFailed { worker, errno } => self.on_spawn_failed(worker, errno),

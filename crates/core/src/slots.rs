@@ -11,6 +11,16 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Slots(Vec<Member>);
 
 impl Slots {
+    /// As a former master knew them. Whose they are shows in the next look.
+    pub(crate) fn of_cookies(cookies: &[u64]) -> Slots {
+        Slots(cookies.iter().map(|cookie| Member { cookie: *cookie, listener: None }).collect())
+    }
+
+    /// The sockets, slot by slot.
+    pub(crate) fn cookies(&self) -> Vec<u64> {
+        self.0.iter().map(|member| member.cookie).collect()
+    }
+
     /// Follows what happened since the last look. `false` if that can't be known for sure: several sockets left, or
     /// some left and some came, and in which order decides who sits where.
     pub(crate) fn sync(&mut self, members: &[Member]) -> bool {

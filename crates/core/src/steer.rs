@@ -55,6 +55,10 @@ impl Master {
             if group.work != Work::Idle {
                 return;
             }
+            // A master that does not know that an address was given up would still promise it.
+            if group.is_stale && group.target.is_empty() && self.saving {
+                return;
+            }
             if group.is_stale {
                 group.is_stale = false;
                 match self.engine {

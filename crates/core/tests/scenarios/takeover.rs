@@ -27,7 +27,7 @@ impl Shell {
             workers.push((WorkerId(id), listener.into_iter().collect()));
         }
         let plan = Shell::plan_of_seats(u16::try_from(found.len()).unwrap_or(u16::MAX));
-        shell.tell(Event::Orphans { generation: Generation(7), plan, workers });
+        shell.tell(Event::Orphans { generation: Generation(7), plan, workers, slots: Vec::new() });
         shell
     }
 

@@ -69,7 +69,7 @@ impl World {
         let protocol = Protocol::orphaned(self.engine, generation, plan.clone(), living, self.now);
         self.oracle.orphaned(protocol, (0..self.groups).map(GroupId));
         self.oracle.protocol.loose = loose;
-        self.tell(Event::Orphans { generation, plan: seated, workers: found });
+        self.tell(Event::Orphans { generation, plan: seated, workers: found, slots: Vec::new() });
         self.begin();
         if !self.dead {
             self.upgrade(Trigger::Orphans);
