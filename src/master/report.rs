@@ -182,7 +182,7 @@ impl Shell {
                 tracing::warn!(
                     event = "slots_unsure",
                     listener = name,
-                    "several sockets left the group of listener {name:?} unasked: which slot is whose is a guess until the next generation"
+                    "several sockets left the group of listener {name:?} unasked: which slot is whose is a guess until its present sockets have left"
                 );
             }
             Report::SteerFailed(group, errno) => {
