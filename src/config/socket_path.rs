@@ -19,8 +19,7 @@ pub(super) fn resolve(written: &Option<Spanned<String>>, app: &str, problems: &m
         None => default_directory(app).join("control.sock"),
     };
     if path.as_os_str().len() > PATH_BYTES_MAX {
-        let message =
-            format!("{} is longer than the {PATH_BYTES_MAX} bytes it may have", path.display());
+        let message = format!("{} is longer than the {PATH_BYTES_MAX} bytes it may have", path.display());
         problems.add(
             "control.socket",
             written.as_ref().map(Spanned::span),

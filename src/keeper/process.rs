@@ -141,7 +141,8 @@ impl Keeping {
 
     /// The pipes that workers print into, as long as nobody else reads them.
     fn logs(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let held = self.held.iter().filter(|(name, _)| self.channel.is_none() && name.starts_with(LOG_PREFIX));
+        let held =
+            self.held.iter().filter(|(name, _)| self.channel.is_none() && name.starts_with(LOG_PREFIX));
         held.map(|(_, held)| held.fd.as_fd())
     }
 

@@ -167,7 +167,13 @@ mod tests {
 
     fn journal() -> Journal {
         let workers = vec![Entry { pid: 1, start_time: 2, generation: 3, seat: 4 }];
-        Journal { journal: VERSION, by: "0.0.1".into(), place: Place::here().unwrap(), workers, slots: Vec::new() }
+        Journal {
+            journal: VERSION,
+            by: "0.0.1".into(),
+            place: Place::here().unwrap(),
+            workers,
+            slots: Vec::new(),
+        }
     }
 
     #[test]
