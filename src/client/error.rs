@@ -41,6 +41,11 @@ pub(super) enum ClientError {
          (its log tells which)", path.display()
     )]
     Closed { path: PathBuf },
+    #[error(
+        "control socket {}: the master ended before what it had taken on was done; the next one goes on with what it knows \
+         of it (reuseportd status tells how far it is)", path.display()
+    )]
+    MasterEnded { path: PathBuf },
     #[error("control socket {}: {source} (use the reuseportd the master was started from)", path.display())]
     NotUnderstood { path: PathBuf, source: ControlError },
     #[error(
@@ -71,6 +76,7 @@ impl ClientError {
             | Self::Socket { .. }
             | Self::Silent { .. }
             | Self::Closed { .. }
+            | Self::MasterEnded { .. }
             | Self::NotUnderstood { .. }
             | Self::Unexpected { .. }
             | Self::NotCompleted { .. }

@@ -141,11 +141,16 @@ fn ask_upgrade(
 /// The receipt, or none when the upgrade was accepted and nobody waits for more.
 fn await_receipt(connection: &mut Connection, wait: Wait) -> Result<Option<Receipt>, ClientError> {
     let mut progress = Progress::new();
+    let mut accepted = false;
     loop {
-        match connection.reply()? {
+        let reply = match connection.reply() {
+            Err(ClientError::Closed { path }) if accepted => Err(ClientError::MasterEnded { path }),
+            reply => reply,
+        };
+        match reply? {
             Reply::Progress { state, text, .. } => progress.show(state, &text),
             Reply::Accepted if wait == Wait::None => return Ok(None),
-            Reply::Accepted => {}
+            Reply::Accepted => accepted = true,
             Reply::Receipt { receipt } => return Ok(Some(*receipt)),
             Reply::Status { .. } | Reply::Done | Reply::Error { .. } => return Err(connection.unexpected()),
         }

@@ -151,7 +151,7 @@ fn a_master_that_goes_away_or_talks_nonsense_is_a_failure() {
     let wait = Some(WaitFor::Retired);
     for (replies, said) in [
         ("", "closed before the answer"),
-        ("{\"reply\":\"accepted\"}\n", "closed before the answer"),
+        ("{\"reply\":\"accepted\"}\n", "the master ended before"),
         ("{\"reply\":\"done\"}\n", "another question"),
         ("hello\n", "not understood"),
     ] {

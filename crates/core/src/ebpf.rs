@@ -113,10 +113,12 @@ impl Master {
         self.push(Command::Admit { listener: id, key });
     }
 
-    /// Takes what another master put there later than this memory is out of the array, now that it is not chosen.
+    /// Takes what another master put there later than this memory is out of the array, now that it is not chosen; unless
+    /// it is all that can be: it may be the very listener that is to have the key.
     fn keep_keys(&mut self, id: GroupId) {
+        let is_chosen = !self.choosable(id).is_empty();
         let Some(group) = self.groups.get_mut(&id) else { return };
-        if core::mem::take(&mut group.is_inherited) {
+        if (is_chosen || group.target.is_empty()) && core::mem::take(&mut group.is_inherited) {
             let of_group = self.listeners.values().filter(|listener| listener.group == id);
             let kept = of_group.filter_map(|listener| listener.key).collect();
             self.push(Command::KeepKeys { group: id, kept });

@@ -24,6 +24,13 @@ pub(crate) struct Saved {
     proving: BTreeSet<WorkerId>,
 }
 
+impl Saved {
+    /// What is in the journal, too. A socket's number is its cookie.
+    pub(crate) fn slots(&self) -> Vec<(GroupId, Vec<u64>)> {
+        self.master.slots()
+    }
+}
+
 impl World {
     /// Written down between two turns.
     pub(crate) fn save(&mut self) {

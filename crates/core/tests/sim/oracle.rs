@@ -436,7 +436,7 @@ impl Oracle {
         }
     }
 
-    /// Nobody is steered to a worker known to be gone, as long as somebody else serves.
+    /// Nobody is steered to a worker known to be gone, as long as somebody else serves that could be steered to.
     fn judge_named(&self, group: GroupId, kernel: &Kernel, workers: &Workers) {
         if self.disturbed.contains_key(&group) || self.protocol.steer_failed(group) {
             return;
@@ -449,7 +449,8 @@ impl Oracle {
             self.is_steered_to(group, of) && self.protocol.has_served(of) && self.protocol.is_serving(worker)
         };
         let serves = kernel.sockets.values().any(|socket| {
-            socket.group == group && socket.stage == Stage::Listening && socket.workers().any(is_its)
+            let listens = socket.known && socket.stage == Stage::Listening;
+            socket.group == group && listens && socket.workers().any(is_its)
         });
         let gone: Vec<&ListenerId> = named.iter().filter(|l| dead(l)).collect();
         assert!(gone.is_empty() || !serves, "{group:?} is steered to listeners of ended workers: {gone:?}");

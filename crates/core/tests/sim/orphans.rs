@@ -10,7 +10,7 @@ impl World {
     /// The keeper was killed, too: nobody has a handle any more.
     pub(crate) fn lose_keeper(&mut self) {
         self.trace(format_args!("-- so is the keeper"));
-        self.saved = None;
+        self.journal = self.saved.take().map(|saved| saved.slots()).unwrap_or_default();
         self.upkeep.forget_keeper();
         self.upkeep.tally.orphaned += 1;
         // With its last listener a group's program goes.
@@ -69,7 +69,8 @@ impl World {
         let protocol = Protocol::orphaned(self.engine, generation, plan.clone(), living, self.now);
         self.oracle.orphaned(protocol, (0..self.groups).map(GroupId));
         self.oracle.protocol.loose = loose;
-        self.tell(Event::Orphans { generation, plan: seated, workers: found, slots: Vec::new() });
+        let slots = std::mem::take(&mut self.journal);
+        self.tell(Event::Orphans { generation, plan: seated, workers: found, slots });
         self.begin();
         if !self.dead {
             self.upgrade(Trigger::Orphans);

@@ -78,6 +78,8 @@ pub(crate) struct World {
     pub(crate) dead: bool,
     /// What the keeper has.
     pub(crate) saved: Option<Saved>,
+    /// What it says of the slots, with the keeper gone.
+    pub(crate) journal: Vec<(GroupId, Vec<u64>)>,
     /// The image before the last re-exec, which would have gone on in the same way.
     pub(crate) twin: Option<Twin>,
     pub(crate) upkeep: Upkeep,
@@ -119,6 +121,7 @@ impl World {
             mortality: 0,
             dead: false,
             saved: None,
+            journal: Vec::new(),
             twin: None,
             upkeep: Upkeep::default(),
             proving: BTreeSet::new(),
