@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use reuseportd_core::{Event, ListenerId, Time};
 use reuseportd_sys::memfd;
@@ -14,6 +15,9 @@ use crate::keeper::Keeper;
 
 /// Saving takes at most one part in so many of the time.
 const SHARE: u32 = 20;
+
+/// The pause after saving has failed.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// When the state was, and will be, saved.
 #[derive(Debug, Default)]
@@ -57,6 +61,7 @@ impl Shell {
                 }
                 self.saving.has_failed = true;
                 self.saving.is_due = true;
+                self.saving.after = ended.after(RETRY);
             }
         }
     }
@@ -66,11 +71,12 @@ impl Shell {
         if is_first_process() {
             return Ok(());
         }
-        self.write_journal()?;
-        let Some(mut keeper) = self.keeper.take() else { return Ok(()) };
+        // A full disk is no reason to keep the keeper from it.
+        let written = self.write_journal();
+        let Some(mut keeper) = self.keeper.take() else { return written };
         let filled = self.fill(&mut keeper);
         self.keeper = Some(keeper);
-        filled.inspect_err(|_| self.lose_keeper())
+        filled.inspect_err(|_| self.lose_keeper()).and(written)
     }
 
     /// Gives a keeper all that it does not hold yet.

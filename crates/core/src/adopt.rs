@@ -59,13 +59,6 @@ impl Master {
         self.announce();
     }
 
-    /// The keys that listeners of a group are under, as this memory has it.
-    #[must_use]
-    pub fn keys(&self, group: GroupId) -> Vec<(u32, ListenerId)> {
-        let of_group = self.listeners.iter().filter(|(_, listener)| listener.group == group);
-        of_group.filter_map(|(id, listener)| Some((listener.key?, *id))).collect()
-    }
-
     /// Processes that a master left behind of which only this is known. They serve, as one generation, until they are
     /// upgraded away from.
     pub(crate) fn on_orphans(
@@ -94,6 +87,9 @@ impl Master {
         for (id, listeners) in orphans {
             self.adopt_listeners(*id, listeners, true);
         }
+        // That of a seat may be another orphan's, too: it would stay in its slot.
+        let is_in_slots = self.engine == Engine::Cbpf;
+        self.listeners.values_mut().for_each(|listener| listener.by_shutdown = is_in_slots);
         for (id, group) in &mut self.groups {
             group.has_unseen = !self.listeners.values().any(|listener| listener.group == *id);
         }
