@@ -101,7 +101,10 @@ fn killed_again_and_again(mode: &str, engine: &'static str) {
             generation += 1;
             let told = killed_while(world, &mut master, generation, state);
             assert_eq!(told.code, 1, "{told:#?}");
-            assert!(told.stderr.contains("the master ended before what it had taken on was done"), "{told:#?}");
+            assert!(
+                told.stderr.contains("the master ended before what it had taken on was done"),
+                "{told:#?}"
+            );
             load.answered(300);
             let launched = || {
                 let mut all = processes_of(&world.app);

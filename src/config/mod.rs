@@ -37,7 +37,7 @@ pub(crate) use self::diagnose::ConfigErrors;
 pub(crate) use self::executable::find_executable;
 pub(crate) use self::identity::IdentityError;
 pub(crate) use self::listen::clash;
-pub(crate) use self::socket_path::runtime_directory;
+pub(crate) use self::socket_path::{own_directory_name, runtime_directory};
 pub(crate) use self::values::parse_duration;
 
 /// A whole config file, checked. Relative paths have been made absolute against the current directory.

@@ -55,6 +55,11 @@ pub(super) fn from_text(path: &Path, text: &str) -> Result<PathBuf, ConfigErrors
     if problems.is_empty() { Ok(socket) } else { Err(ConfigErrors::new(path, text, problems)) }
 }
 
+/// The directory in /tmp of this user, who has no other.
+pub(crate) fn own_directory_name() -> String {
+    format!("reuseportd-{}", nix::unistd::geteuid())
+}
+
 /// The directory of the socket. Without `XDG_RUNTIME_DIR` (su, cron, a bare container) an ordinary user gets a
 /// directory of its own in /tmp; whoever creates it checks the owner.
 fn default_directory(app: &str) -> PathBuf {
@@ -68,7 +73,7 @@ fn default_directory(app: &str) -> PathBuf {
     }
     match variable("XDG_RUNTIME_DIR") {
         Some(directory) => Path::new(&directory).join("reuseportd").join(app),
-        None => PathBuf::from(format!("/tmp/reuseportd-{uid}")).join(app),
+        None => Path::new("/tmp").join(own_directory_name()).join(app),
     }
 }
 

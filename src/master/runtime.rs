@@ -174,9 +174,11 @@ fn make_directory(path: &Path) -> Result<bool, RuntimeError> {
     if is_link {
         return Err(RuntimeError::Unsafe { path: path.to_owned(), what: "it is a symbolic link" });
     }
-    // Who may write to the one above could put another in its place.
     check_directory(path)?;
-    path.parent().map_or(Ok(()), check_directory)?;
+    // Where everybody may make directories, somebody else may have made ours; who owns it could put another in the place of
+    // what is in it. (Elsewhere it was the user's choice.)
+    let is_own = |above: &&Path| above.ends_with(crate::config::own_directory_name());
+    path.parent().filter(is_own).map_or(Ok(()), check_directory)?;
     Ok(!existed)
 }
 

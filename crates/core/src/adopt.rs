@@ -24,25 +24,14 @@ impl Master {
         for (id, group) in &mut self.groups {
             group.work = Work::Idle;
             group.taking = None;
-            // The program goes with the last listener.
-            let is_empty = !self.listeners.values().any(|listener| listener.group == *id);
+            // The program goes with the last that listens, and through one that is only bound none can be attached.
+            let is_empty = !self.listeners.values().any(|l| l.group == *id && l.listens);
             // Nobody was chosen yet as far as is known: somebody may be by now, and nobody is to be refused meanwhile.
             let is_before_first = group.in_force == InForce::Nothing && group.target.is_empty();
             group.is_stale = !is_before_first || is_stopping;
             group.in_force = if is_empty { InForce::Nothing } else { InForce::Unknown };
-            group.looks = 0;
-            group.looks_outdated = 0;
-            group.admitting = 0;
-            group.admit_failed = None;
-            group.anchoring = None;
             group.is_inherited = true;
             self.timers.disarm(Timer::Group(*id));
-        }
-        for (generation, record) in &mut self.generations {
-            if let Some(retirement) = &mut record.retirement {
-                retirement.looking.clear();
-                self.timers.arm(Timer::Retire(*generation), self.now);
-            }
         }
         for id in lost {
             self.handle_lost(*id);

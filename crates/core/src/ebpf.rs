@@ -116,18 +116,24 @@ impl Master {
     /// Takes what another master put there later than this memory is out of the array, now that it is not chosen; unless
     /// it is all that can be: it may be the very listener that is to have the key.
     fn keep_keys(&mut self, id: GroupId) {
-        let is_chosen = !self.choosable(id).is_empty();
+        let has_key = self.has_key(id);
         let Some(group) = self.groups.get_mut(&id) else { return };
-        if (is_chosen || group.target.is_empty()) && core::mem::take(&mut group.is_inherited) {
+        if (has_key || group.target.is_empty()) && core::mem::take(&mut group.is_inherited) {
             let of_group = self.listeners.values().filter(|listener| listener.group == id);
             let kept = of_group.filter_map(|listener| listener.key).collect();
             self.push(Command::KeepKeys { group: id, kept });
         }
     }
 
+    /// Somebody can be chosen, and is under a key.
+    fn has_key(&self, id: GroupId) -> bool {
+        let is_under_key = |id: &ListenerId| self.listeners.get(id).is_some_and(|l| l.key.is_some());
+        self.choosable(id).iter().any(is_under_key)
+    }
+
     /// Takes listeners that nobody accepts from out of the array, as long as somebody else can be chosen.
     fn evict_dead(&mut self, id: GroupId) {
-        if self.choosable(id).is_empty() {
+        if !self.has_key(id) {
             return;
         }
         let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l));

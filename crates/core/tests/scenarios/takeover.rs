@@ -3,7 +3,7 @@
 use crate::shell::{GROUP, Shell};
 use crate::{KILLED, serve, signal, spawn, stop};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Found, Generation, ListenerId, MasterState, Notice, Outcome, Plan,
+    Command, Engine, Event, Exit, Found, Generation, GroupId, ListenerId, MasterState, Notice, Outcome, Plan,
     Readiness, Reason, Report, Seat, Signal, StopMode, Ticket, Trigger, Wait, WorkerId,
 };
 use std::time::Duration;
@@ -20,6 +20,11 @@ impl Shell {
 
     /// Processes 1 to `found.len()` are found, each with a listener in the group or without.
     fn with_orphans(engine: Engine, found: &[bool]) -> Shell {
+        Shell::with_orphans_in(engine, found, Vec::new())
+    }
+
+    /// The journal says of the group's slots that these listeners have them.
+    fn with_orphans_in(engine: Engine, found: &[bool], slots: Vec<(GroupId, Vec<u64>)>) -> Shell {
         let mut shell = Shell::new(engine);
         let mut workers = Vec::new();
         for (id, has_handle) in (1..).zip(found) {
@@ -27,7 +32,7 @@ impl Shell {
             workers.push((WorkerId(id), listener.into_iter().collect()));
         }
         let plan = Shell::plan_of_seats(u16::try_from(found.len()).unwrap_or(u16::MAX));
-        shell.tell(Event::Orphans { generation: Generation(7), plan, workers, slots: Vec::new() });
+        shell.tell(Event::Orphans { generation: Generation(7), plan, workers, slots });
         shell
     }
 
@@ -148,6 +153,22 @@ fn the_next_master_steers_again_and_then_empties_keys_that_it_does_not_know() {
 }
 
 #[test]
+fn keys_that_it_does_not_know_stay_until_there_is_somebody_else() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.keeps = false;
+    shell.exits(1, KILLED);
+    shell.ready(2);
+    // The old master had put it in the dead one's place, and let go of that, but its keeper does not know.
+    shell.said.clear();
+    shell.is_succeeded(&[1]);
+    let kept = Command::KeepKeys { group: GROUP, kept: vec![0] };
+    let admitted = Command::Admit { listener: ListenerId(2), key: 0 };
+    assert!(shell.place(&admitted) < shell.place(&kept));
+    let empties = |said: &&Command| matches!(said, Command::KeepKeys { .. });
+    assert_eq!(shell.said.iter().filter(empties).count(), 1);
+}
+
+#[test]
 fn clients_of_the_old_master_get_no_answer_from_the_next() {
     let mut shell = Shell::serving(Engine::Ebpf, 1);
     let by = Some((Ticket(1), Wait::Retired));
@@ -234,6 +255,40 @@ fn orphans_serve_until_a_generation_of_the_present_program_does() {
         assert_eq!(shell.master.state(), MasterState::Steady, "{engine:?}");
         assert_eq!(shell.master.status().generations.len(), 1, "{engine:?}");
     }
+}
+
+#[test]
+fn orphans_keep_the_slots_that_the_old_master_knew() {
+    // One that was older than all left, and the last took its slot. The kernel lists them by age.
+    let slots = vec![(GROUP, vec![3, 1, 2])];
+    let mut shell = Shell::with_orphans_in(Engine::Cbpf, &[true, true, true], slots);
+    shell.launch(Shell::plan(1), Trigger::Orphans);
+    shell.ready(4);
+    shell.pass(SECOND * 5);
+    // From the end, so that only the new one moves.
+    assert_eq!(shell.released(), [2, 1, 3]);
+    assert_eq!(shell.attached(), [vec![0, 1, 2], vec![3], vec![2], vec![1], vec![0]]);
+    assert!(!shell.has_said(&Command::Report(Report::SlotsUnsure(GROUP))));
+}
+
+#[test]
+fn of_orphans_without_slots_the_master_says_that_it_guesses() {
+    let unsure = Command::Report(Report::SlotsUnsure(GROUP));
+    assert!(Shell::with_orphans(Engine::Cbpf, &[true, true]).has_said(&unsure));
+    // Two left that the old master knew, and nobody saw in which order.
+    let slots = vec![(GROUP, vec![8, 9, 1, 2])];
+    assert!(Shell::with_orphans_in(Engine::Cbpf, &[true, true], slots).has_said(&unsure));
+}
+
+#[test]
+fn a_socket_of_an_orphan_leaves_its_slot_although_another_has_it() {
+    let mut shell = Shell::with_orphans_in(Engine::Cbpf, &[true], vec![(GROUP, vec![1])]);
+    shell.launch(Shell::plan(1), Trigger::Orphans);
+    shell.ready(2);
+    shell.pass(SECOND * 5);
+    shell.exits(1, Exit::Signal(15));
+    shell.pass(SECOND * 5);
+    assert!(shell.has_said(&Command::Release { listener: ListenerId(1), shutdown: true }));
 }
 
 #[test]
