@@ -42,7 +42,7 @@ pub(crate) struct Oracle {
     /// `cbpf`: slots moved and the master could not know yet; `true` once it has looked since.
     disturbed: BTreeMap<GroupId, bool>,
     /// `cbpf`: several moved between two looks; the core has said that it can only guess.
-    unsure: BTreeSet<GroupId>,
+    pub(crate) unsure: BTreeSet<GroupId>,
     /// Losses the core has owned up to.
     admitted: BTreeMap<ListenerId, u32>,
     pub(crate) tally: Tally,

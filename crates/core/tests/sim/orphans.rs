@@ -4,7 +4,9 @@ use crate::death::FORGOTTEN;
 use crate::kernel::{Holder, Stage};
 use crate::protocol::Protocol;
 use crate::world::{Happening, World};
-use reuseportd_core::{Event, Generation, GroupId, ListenerId, Master, Plan, Seat, Trigger, WorkerId};
+use reuseportd_core::{
+    Engine, Event, Generation, GroupId, ListenerId, Master, Plan, Seat, Trigger, WorkerId,
+};
 
 impl World {
     /// The keeper was killed, too: nobody has a handle any more.
@@ -70,6 +72,14 @@ impl World {
         self.oracle.orphaned(protocol, (0..self.groups).map(GroupId));
         self.oracle.protocol.loose = loose;
         let slots = std::mem::take(&mut self.journal);
+        // Of several that came since then, between which another one came and left, nobody can tell the order.
+        for (id, known) in &slots {
+            let is_new = |listener: &&ListenerId| !known.contains(&u64::from(listener.0));
+            let came = self.kernel.group(*id).slots.iter().filter(is_new).count();
+            if self.engine == Engine::Cbpf && came > 1 {
+                self.oracle.unsure.insert(*id);
+            }
+        }
         self.tell(Event::Orphans { generation, plan: seated, workers: found, slots });
         self.begin();
         if !self.dead {
