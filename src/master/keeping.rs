@@ -76,7 +76,11 @@ impl Shell {
         let Some(mut keeper) = self.keeper.take() else { return written };
         let filled = self.fill(&mut keeper);
         self.keeper = Some(keeper);
-        filled.inspect_err(|_| self.lose_keeper()).and(written)
+        if let Err(error) = filled {
+            // The next one gets all of it.
+            self.lose_keeper(&error.to_string());
+        }
+        written
     }
 
     /// Gives a keeper all that it does not hold yet.
@@ -123,12 +127,12 @@ impl Shell {
     /// Something came from the keeper: that is its end.
     pub(super) fn keeper_ended(&mut self) {
         if self.keeper.as_mut().is_some_and(|keeper| !keeper.is_alive()) {
-            tracing::warn!(event = "keeper_ended", "the keeper has ended: it is replaced");
-            self.lose_keeper();
+            self.lose_keeper("it has ended");
         }
     }
 
-    fn lose_keeper(&mut self) {
+    fn lose_keeper(&mut self, why: &str) {
+        tracing::warn!(event = "keeper_ended", why, "the keeper is replaced: {why}");
         if let Some(keeper) = self.keeper.take().map(Carried::into_inner) {
             keeper.end();
             self.inbox.push_back(Event::KeeperMissing);
@@ -140,9 +144,8 @@ impl Shell {
     pub(super) fn release_kept(&mut self, listener: ListenerId) {
         let names: Vec<String> = self.listeners.handle_names(listener);
         for name in names {
-            if self.keeper.as_mut().is_some_and(|keeper| keeper.release(&name).is_err()) {
-                tracing::warn!(event = "keeper_silent", "the keeper does not answer: it is replaced");
-                self.lose_keeper();
+            if let Some(Err(error)) = self.keeper.as_mut().map(|keeper| keeper.release(&name)) {
+                self.lose_keeper(&error.to_string());
             }
         }
     }
