@@ -378,26 +378,6 @@ fn an_invalid_config_keeps_nobody_from_adopting() {
     });
 }
 
-/// As on a full disk: the keeper gets the state all the same, and nobody tries without a pause.
-#[test]
-fn a_journal_that_cannot_be_written_keeps_nobody_from_adopting() {
-    world(&[], |world| {
-        let mut master = Master::start(world, &App::test_worker(world, "--mode sdk"));
-        let in_the_way = world.path("run/control.sock.journal.new");
-        std::fs::create_dir_all(in_the_way.join("not empty")).unwrap();
-        master.upgrade();
-        let workers = master.serving();
-        master.kill();
-        let complaints = master.log().matches("not_saved").count();
-        assert_eq!(complaints, 1, "{}", master.log());
-        master.restart();
-        master.wait_adopted();
-        assert_eq!((master.serving(), master.status().active_generation), (workers, Some(2)));
-        std::fs::remove_dir_all(&in_the_way).unwrap();
-        master.stop();
-    });
-}
-
 #[test]
 fn stop_left_behind_ends_what_a_killed_master_has_left() {
     world(&[], |world| {
