@@ -1,6 +1,7 @@
 //! Processes that a killed master left behind and nobody kept anything of: found by the journal, and by the socket
 //! their notifications go to.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -58,7 +59,8 @@ impl Shell {
     }
 
     fn take_orphans(&mut self, mut entries: Vec<Entry>, slots: &[Slots]) -> Result<(), NoStart> {
-        entries.sort_by_key(|entry| (entry.seat, entry.generation));
+        // A socket that two of a seat share is the later one's, which goes on longer.
+        entries.sort_by_key(|entry| (entry.seat, Reverse(entry.generation)));
         let generation = Generation(entries.iter().map(|entry| entry.generation).max().unwrap_or(1));
         let launch = Launch::prepare(Rc::clone(&self.config), &self.runtime, &mut self.groups);
         let launch = launch.map_err(|error| error.to_string())?;
