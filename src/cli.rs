@@ -115,8 +115,7 @@ enum Command {
         /// Stay until it has ended
         #[arg(long)]
         wait: bool,
-        /// End at once what a master that was killed has left: keeper and workers. As ExecStopPost= of a unit it does
-        /// nothing when systemd is about to start the service again
+        /// End at once what a master that was killed has left: keeper and workers
         #[arg(long, conflicts_with = "wait")]
         left_behind: bool,
     },

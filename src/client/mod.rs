@@ -51,11 +51,6 @@ pub(crate) fn stop(master: &Master, wait: bool) -> ExitCode {
 /// `stop --left-behind`.
 pub(crate) fn stop_left_behind(master: &Master) -> ExitCode {
     run(master, |socket| {
-        // Set for ExecStopPost=: any other result means that systemd starts the service again.
-        let result = std::env::var("SERVICE_RESULT").unwrap_or_default();
-        if !["", "success", "timeout"].contains(&result.as_str()) {
-            return print(&mut stdout(), &format!("the service ended by {result}: its workers serve on\n"));
-        }
         let ended = crate::master::end_left_behind(socket).map_err(ClientError::LeftBehind)?;
         print(&mut stdout(), &format!("{ended} workers were left behind\n"))
     })
