@@ -1,7 +1,6 @@
 //! The end of the service: nothing is left behind, and what was begun is finished where that was asked for.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::Read;
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use rustix::process::Signal;
 
 use crate::support::PATIENCE;
 use crate::support::app::App;
+use crate::support::client::{answer, open};
 use crate::support::master::{Master, REUSEPORTD};
 use crate::support::process::Running;
 use crate::support::world::world;
@@ -25,21 +25,6 @@ fn every_stop_signal_leaves_nothing_behind() {
             }
         }
     });
-}
-
-/// An accepted connection that has asked for nothing yet.
-fn open(world: &crate::support::world::World) -> TcpStream {
-    let mut client = TcpStream::connect(world.address).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
-    client.write_all(b"half a line").unwrap();
-    client
-}
-
-fn answer(mut client: TcpStream) -> String {
-    let mut answer = String::new();
-    client.write_all(b", and the rest\n").unwrap();
-    client.read_to_string(&mut answer).unwrap();
-    answer
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! A re-exec in every phase: what is under way goes on, and its deadlines are the old ones.
 
-use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -10,6 +9,7 @@ use rustix::process::Signal;
 use super::{reexec, reexec_until_answered};
 use crate::support::PATIENCE;
 use crate::support::app::{App, test_worker};
+use crate::support::client::{self, answer};
 use crate::support::master::Master;
 use crate::support::process::kill;
 use crate::support::world::{World, world};
@@ -19,18 +19,9 @@ const WHILE: u64 = 1500;
 
 /// A connection that is accepted, and keeps its worker busy.
 fn open(world: &World, master: &Master) -> TcpStream {
-    let mut client = TcpStream::connect(world.address).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
-    client.write_all(b"half a line").unwrap();
+    let client = client::open(world);
     master.wait_status("accepted", |status| status.generations[0].connections == Some(1));
     client
-}
-
-fn answer(mut client: TcpStream) -> String {
-    let mut answer = String::new();
-    client.write_all(b", and the rest\n").unwrap();
-    client.read_to_string(&mut answer).unwrap();
-    answer
 }
 
 fn has_generation(status: &Status, state: GenerationState) -> bool {

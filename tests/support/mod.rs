@@ -1,6 +1,7 @@
 //! The harness.
 
 pub(crate) mod app;
+pub(crate) mod client;
 pub(crate) mod container;
 pub(crate) mod load;
 pub(crate) mod machine;
