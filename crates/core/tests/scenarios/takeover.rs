@@ -281,17 +281,6 @@ fn of_orphans_without_slots_the_master_says_that_it_guesses() {
 }
 
 #[test]
-fn a_socket_of_an_orphan_leaves_its_slot_although_another_has_it() {
-    let mut shell = Shell::with_orphans_in(Engine::Cbpf, &[true], vec![(GROUP, vec![1])]);
-    shell.launch(Shell::plan(1), Trigger::Orphans);
-    shell.ready(2);
-    shell.pass(SECOND * 5);
-    shell.exits(1, Exit::Signal(15));
-    shell.pass(SECOND * 5);
-    assert!(shell.has_said(&Command::Release { listener: ListenerId(1), shutdown: true }));
-}
-
-#[test]
 fn sockets_of_seats_are_made_anew_beside_orphans() {
     let mut shell = Shell::with_orphans(Engine::Ebpf, &[true]);
     shell.launch(Shell::plan_of_seats(1), Trigger::Orphans);
