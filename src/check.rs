@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -31,7 +31,7 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         }
     };
     let mut findings = Findings::default();
-    let executable = check_program(&config, &mut findings);
+    let programs = check_programs(&config, &mut findings);
     check_listen(&config, &mut findings);
     check_limits(&config, &mut findings);
     check_control(&config.control.socket, &mut findings);
@@ -45,15 +45,21 @@ pub(crate) fn run(path: &Path) -> ExitCode {
         return ExitCode::FAILURE;
     }
     // A reader that has seen enough (`| head -1`) is no failure of the check.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), summary(path, &config, &executable).as_bytes());
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), summary(path, &config, &programs).as_bytes());
     ExitCode::SUCCESS
 }
 
-/// The executable's path, for the summary.
-fn check_program(config: &Config, findings: &mut Findings) -> String {
+/// Where the programs are, for the summary.
+#[derive(Debug, Default)]
+struct Programs {
+    command: PathBuf,
+    check: Option<PathBuf>,
+}
+
+fn check_programs(config: &Config, findings: &mut Findings) -> Programs {
     if let Err(error) = config.app.check_identity() {
         findings.errors.push(error.to_string());
-        return String::new();
+        return Programs::default();
     }
     if let Some(directory) = &config.app.working_directory {
         let searchable = config.app.access(directory, Access::EXEC_OK);
@@ -69,13 +75,15 @@ fn check_program(config: &Config, findings: &mut Findings) -> String {
         findings.errors.push(format!("app.environment_file: {error}"));
         config.app.environment.clone()
     });
-    match config::find_executable(&config.app, &variables) {
-        Ok(path) => path.display().to_string(),
-        Err(error) => {
-            findings.errors.push(format!("app.command: {error}"));
-            String::new()
-        }
-    }
+    let command = config::find_executable(&config.app, &variables).unwrap_or_else(|error| {
+        findings.errors.push(format!("app.command: {error}"));
+        PathBuf::new()
+    });
+    let check = config::find_check(config, &variables).unwrap_or_else(|error| {
+        findings.errors.push(format!("upgrade.check: {error}"));
+        None
+    });
+    Programs { command, check }
 }
 
 fn check_listen(config: &Config, findings: &mut Findings) {
@@ -172,14 +180,19 @@ fn sysctl(name: &str) -> Option<u64> {
     std::fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
 }
 
-fn summary(path: &Path, config: &Config, executable: &str) -> String {
-    let arguments = config.expand_command(1, 0).split_off(1);
-    let words = arguments.iter().map(|word| format!(" {word:?}")).collect::<String>();
+fn summary(path: &Path, config: &Config, programs: &Programs) -> String {
+    let line = |program: &Path, argv: &[String]| {
+        let arguments = argv.iter().skip(1).map(|word| format!(" {word:?}"));
+        format!("{}{}", program.display(), arguments.collect::<String>())
+    };
     let mut text = format!("{}: ok\n", path.display());
     // Writing to a String can't fail.
     let _ = writeln!(text, "  app      {}", config.app.name);
     let _ = writeln!(text, "  workers  {}", config.app.workers);
-    let _ = writeln!(text, "  command  {executable}{words}");
+    let _ = writeln!(text, "  command  {}", line(&programs.command, &config.expand_command(1, 0)));
+    if let Some(check) = &programs.check {
+        let _ = writeln!(text, "  check    {}", line(check, &config.expand_check(1)));
+    }
     for listen in &config.listen {
         let _ = writeln!(text, "  listen   {} {} (backlog {})", listen.name, listen.address, listen.backlog);
     }

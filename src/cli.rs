@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum, value_parser};
 use tracing::Level;
 
 use crate::config::{self, ConfigErrors, LogFormat};
@@ -32,6 +32,25 @@ Examples:
 
 Exit codes: 0 completed; 1 rolled back or refused; 2 wrong usage or invalid config;
             3 no master reachable; 4 --timeout passed (the upgrade goes on).";
+
+const ROLLBACK_HELP: &str = "\
+While a new generation starts, gets its share or is baked, it is taken back. Else the generation before the active one
+comes back: its program, pinned, and its config, under a new number. To go forward again: upgrade.
+
+Exit codes: 0 it serves again; 1 refused or failed; 2 wrong usage; 3 no master reachable;
+            4 --timeout passed (the rollback goes on).";
+
+const SCALE_HELP: &str = "\
+Lasts until the config changes. The signals TTIN and TTOU do the same by one. While an upgrade runs it takes effect
+afterwards.
+
+Exit codes: 0 done; 1 refused; 2 wrong usage; 3 no master reachable; 4 --timeout passed (it goes on).";
+
+const RESTART_WORKER_HELP: &str = "\
+A new worker starts on the seat, from the program and config of its generation, and the old one leaves when the new one
+serves. Refused while an upgrade runs.
+
+Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no master reachable; 4 --timeout passed (it goes on).";
 
 const REEXEC_HELP: &str = "\
 After an update of reuseportd itself; the signal USR2 does the same. The new program first shows, as a child, that it
@@ -76,6 +95,9 @@ enum Command {
     Check,
     /// Show generations, workers, listeners, the engine and why, the last upgrade
     Status {
+        /// The receipts of the last upgrades instead, 50 at most
+        #[arg(long)]
+        receipts: bool,
         /// As JSON
         #[arg(long)]
         json: bool,
@@ -83,16 +105,40 @@ enum Command {
     /// Replace the running workers by new ones, from the config and program as they are now
     #[command(after_help = UPGRADE_EXAMPLES)]
     Upgrade {
-        /// Stay until the old workers get no connections any more, or until they are gone
-        #[arg(long, value_enum, value_name = "FOR", num_args = 0..=1, require_equals = true,
-              default_missing_value = "retired")]
-        wait: Option<WaitFor>,
+        #[command(flatten)]
+        stay: Stay,
         /// Do not wait for a place among the draining (upgrade.max_draining): end the oldest of them now
         #[arg(long)]
         force: bool,
-        /// The receipt as JSON
+    },
+    /// Bring the previous generation back
+    #[command(after_help = ROLLBACK_HELP)]
+    Rollback {
+        #[command(flatten)]
+        stay: Stay,
+    },
+    /// Have so many workers from now on
+    #[command(after_help = SCALE_HELP)]
+    Scale {
+        /// How many, 1 to 1024
+        #[arg(value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
+        workers: u32,
+        /// Stay until they serve, or the removed ones get no connections any more
         #[arg(long)]
-        json: bool,
+        wait: bool,
+        /// Stop waiting after this time, for example 90s or 5m
+        #[arg(long, value_name = "DURATION", requires = "wait", value_parser = config::parse_duration)]
+        timeout: Option<Duration>,
+    },
+    /// Replace the worker of one seat by a new one
+    #[command(after_help = RESTART_WORKER_HELP)]
+    RestartWorker {
+        /// Its place, from 0, as in `status`
+        #[arg(value_name = "SEAT", value_parser = value_parser!(u32).range(0..1024))]
+        seat: u32,
+        /// Stay until the new one serves and the old one gets no connections any more
+        #[arg(long)]
+        wait: bool,
         /// Stop waiting after this time, for example 90s or 5m
         #[arg(long, value_name = "DURATION", requires = "wait", value_parser = config::parse_duration)]
         timeout: Option<Duration>,
@@ -134,6 +180,21 @@ enum Command {
     },
 }
 
+/// Whether and how the client of an upgrade or a rollback stays for the outcome.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub(crate) struct Stay {
+    /// Stay until the old workers get no connections any more, or until they are gone
+    #[arg(long, value_enum, value_name = "FOR", num_args = 0..=1, require_equals = true,
+          default_missing_value = "retired")]
+    pub(crate) wait: Option<WaitFor>,
+    /// The receipt as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Stop waiting after this time, for example 90s or 5m
+    #[arg(long, value_name = "DURATION", requires = "wait", value_parser = config::parse_duration)]
+    pub(crate) timeout: Option<Duration>,
+}
+
 /// How long `upgrade --wait` stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WaitFor {
@@ -149,7 +210,11 @@ pub(crate) enum Action {
     Run { config: PathBuf, log_format: Option<LogFormat>, log_level: Option<Level> },
     Check { config: PathBuf },
     Status { master: Master, json: bool },
-    Upgrade { master: Master, wait: Option<WaitFor>, force: bool, json: bool, timeout: Option<Duration> },
+    Receipts { master: Master, json: bool },
+    Upgrade { master: Master, force: bool, stay: Stay },
+    Rollback { master: Master, stay: Stay },
+    Scale { master: Master, workers: u32, wait: bool, timeout: Option<Duration> },
+    RestartWorker { master: Master, seat: u32, wait: bool, timeout: Option<Duration> },
     Sockets { master: Master, json: bool },
     Doctor { config: Option<PathBuf>, json: bool },
     Stop { master: Master, wait: bool },
@@ -220,9 +285,15 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
         Command::Check => Action::Check {
             config: config.ok_or_else(|| missing("say what to check: reuseportd check --config FILE"))?,
         },
-        Command::Status { json } => Action::Status { master: master(config)?, json },
-        Command::Upgrade { wait, force, json, timeout } => {
-            Action::Upgrade { master: master(config)?, wait, force, json, timeout }
+        Command::Status { receipts: true, json } => Action::Receipts { master: master(config)?, json },
+        Command::Status { receipts: false, json } => Action::Status { master: master(config)?, json },
+        Command::Upgrade { stay, force } => Action::Upgrade { master: master(config)?, force, stay },
+        Command::Rollback { stay } => Action::Rollback { master: master(config)?, stay },
+        Command::Scale { workers, wait, timeout } => {
+            Action::Scale { master: master(config)?, workers, wait, timeout }
+        }
+        Command::RestartWorker { seat, wait, timeout } => {
+            Action::RestartWorker { master: master(config)?, seat, wait, timeout }
         }
         Command::Sockets { json } => Action::Sockets { master: master(config)?, json },
         Command::Doctor { json } => Action::Doctor { config, json },
@@ -285,8 +356,9 @@ mod tests {
 
     #[test]
     fn waiting_has_a_default_and_needs_an_equals_sign_for_more() {
+        let stay = |wait, timeout| Stay { wait, json: false, timeout };
         let upgrade = |wait, timeout| {
-            Ok(Action::Upgrade { master: at_socket(), wait, force: false, json: false, timeout })
+            Ok(Action::Upgrade { master: at_socket(), force: false, stay: stay(wait, timeout) })
         };
         assert_eq!(parse("upgrade --socket /s"), upgrade(None, None));
         assert_eq!(parse("upgrade --wait --socket /s"), upgrade(Some(WaitFor::Retired), None));
@@ -294,9 +366,31 @@ mod tests {
             parse("upgrade --wait=drained --timeout 90s --socket /s"),
             upgrade(Some(WaitFor::Drained), Some(Duration::from_secs(90)))
         );
+        let drained = stay(Some(WaitFor::Drained), Some(Duration::from_secs(90)));
+        assert_eq!(
+            parse("rollback --wait=drained --timeout 90s --socket /s"),
+            Ok(Action::Rollback { master: at_socket(), stay: drained })
+        );
         assert_eq!(parse("upgrade --wait drained --socket /s"), Err(ErrorKind::UnknownArgument));
         assert_eq!(parse("upgrade --timeout 90s --socket /s"), Err(ErrorKind::MissingRequiredArgument));
         assert_eq!(parse("upgrade --wait --timeout 90 --socket /s"), Err(ErrorKind::ValueValidation));
+    }
+
+    #[test]
+    fn workers_are_counted_and_named_by_seat() {
+        let scale =
+            |workers, wait, timeout| Ok(Action::Scale { master: at_socket(), workers, wait, timeout });
+        assert_eq!(parse("scale 1024 --socket /s"), scale(1024, false, None));
+        assert_eq!(
+            parse("scale --wait --timeout 5s 1 --socket /s"),
+            scale(1, true, Some(Duration::from_secs(5)))
+        );
+        assert_eq!(
+            parse("restart-worker 0 --wait --socket /s"),
+            Ok(Action::RestartWorker { master: at_socket(), seat: 0, wait: true, timeout: None })
+        );
+        let receipts = Ok(Action::Receipts { master: at_socket(), json: true });
+        assert_eq!(parse("status --receipts --json --socket /s"), receipts);
     }
 
     #[test]
@@ -311,6 +405,16 @@ mod tests {
             ("doctor --socket /s", ErrorKind::ArgumentConflict),
             ("sockets", ErrorKind::MissingRequiredArgument),
             ("--config a --log-format journal", ErrorKind::InvalidValue),
+            ("scale --socket /s", ErrorKind::MissingRequiredArgument),
+            ("scale 0 --socket /s", ErrorKind::ValueValidation),
+            ("scale 1025 --socket /s", ErrorKind::ValueValidation),
+            ("scale many --socket /s", ErrorKind::ValueValidation),
+            ("scale 2 --timeout 5s --socket /s", ErrorKind::MissingRequiredArgument),
+            ("scale 2", ErrorKind::MissingRequiredArgument),
+            ("restart-worker 1024 --socket /s", ErrorKind::ValueValidation),
+            ("rollback --force --socket /s", ErrorKind::UnknownArgument),
+            ("rollback --timeout 5s --socket /s", ErrorKind::MissingRequiredArgument),
+            ("upgrade --receipts --socket /s", ErrorKind::UnknownArgument),
             ("frobnicate", ErrorKind::InvalidSubcommand),
         ] {
             assert_eq!(parse(words), Err(kind), "{words}");

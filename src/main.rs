@@ -19,8 +19,12 @@ fn main() -> ExitCode {
         Action::Run { config, log_format, log_level } => master::run(&config, log_format, log_level),
         Action::Check { config } => check::run(&config),
         Action::Status { master, json } => client::status(&master, json),
-        Action::Upgrade { master, wait, force, json, timeout } => {
-            client::upgrade(&master, wait, force, json, timeout)
+        Action::Receipts { master, json } => client::receipts(&master, json),
+        Action::Upgrade { master, force, stay } => client::upgrade(&master, force, &stay),
+        Action::Rollback { master, stay } => client::rollback(&master, &stay),
+        Action::Scale { master, workers, wait, timeout } => client::scale(&master, workers, wait, timeout),
+        Action::RestartWorker { master, seat, wait, timeout } => {
+            client::restart_worker(&master, seat, wait, timeout)
         }
         Action::Sockets { master, json } => sockets::run(&master, json),
         Action::Doctor { config, json } => doctor::run(config.as_deref(), json),

@@ -1,5 +1,7 @@
 //! Exit codes and output of the subcommands.
 
+mod live;
+
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -84,7 +86,21 @@ fn the_receipt_has_every_field() {
 fn without_a_master_the_code_is_3() {
     world(&[], |world| {
         App::test_worker(world, "").write();
-        for words in ["status", "status --json", "upgrade", "upgrade --wait", "stop", "stop --wait"] {
+        for words in [
+            "status",
+            "status --json",
+            "status --receipts",
+            "upgrade",
+            "upgrade --wait",
+            "rollback",
+            "rollback --wait=drained --json",
+            "scale 2",
+            "scale 2 --wait",
+            "restart-worker 0",
+            "restart-worker 0 --wait",
+            "stop",
+            "stop --wait",
+        ] {
             let mut command = Command::new(REUSEPORTD);
             command.args(words.split(' ')).arg("--config").arg(world.path("app.toml"));
             let done = Running::start(command).finish(PATIENCE);
@@ -138,9 +154,12 @@ fn wrong_usage_and_invalid_configs_are_2() {
     world(&[], |world| {
         std::fs::write(world.path("bad.toml"), "[app]\ncomand = [\"x\"]\n").unwrap();
         let bad = world.path("bad.toml");
-        for words in [vec!["frobnicate"], vec!["--config", bad.to_str().unwrap()], vec![]] {
+        let bad = bad.to_str().unwrap();
+        for words in
+            ["frobnicate", &format!("--config {bad}"), "", "scale 0 --socket /s", "scale --socket /s"]
+        {
             let mut command = Command::new(REUSEPORTD);
-            command.args(&words);
+            command.args(words.split_whitespace());
             let done = Running::start(command).finish(PATIENCE);
             assert_eq!(done.code, 2, "{words:?}: {done:#?}");
         }

@@ -74,8 +74,19 @@ const MALFORMED: &[Case] = &[
     case(
         "@APP\n@LISTEN\n[upgrade]\ncanary = [{ share = \"200%\" }]\n",
         "6:21",
-        &["upgrade.canary[0].share", "100%"],
+        &["upgrade.canary[0].share", "100%", "upgrade.canary[0].hold: missing"],
     ),
+    case(
+        "@APP\n@LISTEN\n[upgrade]\ncanary = [{ share = 5, hold = \"1s\" }]\n",
+        "6:21",
+        &["upgrade.canary[0].share", "expected a string", "steps of 0.1%"],
+    ),
+    case(
+        "@APP\n@LISTEN\n[upgrade]\ncanary = [{ share = \"5%\", hodl = \"1s\" }]\n",
+        "6:27",
+        &["upgrade.canary[0].hodl", "did you mean `hold`"],
+    ),
+    case("@APP\n@LISTEN\n[upgrade]\nbatch = \"5%\"\n", "6:9", &["upgrade.batch", "from 1 to 1024"]),
     case("@APP\n@LISTEN\n[watchdog]\ntimeout = \"99ms\"\n", "6:11", &["watchdog.timeout", "100ms or more"]),
     case("@APP\n@LISTEN\n[control]\nallow_users = [\"nobody-here\"]\n", "6:16", &["control.allow_users[0]"]),
     case("[log]\n", "1:1", &["app.command: missing", "listen: missing"]),
@@ -101,6 +112,12 @@ const MALFORMED: &[Case] = &[
         "6:11",
         &["restart.backoff", "restart.backoff_max"],
     ),
+    case(
+        "@APP\n@LISTEN\n[upgrade]\nbatch = 1\nbake = \"5s\"\n",
+        "6:9",
+        &["upgrade.batch", "upgrade.bake", "steer back to"],
+    ),
+    case("@APP\n@LISTEN\n[upgrade]\ncheck = [\"a\"]\n", "6:9", &["upgrade.check: would never run"]),
     // Not yet.
     case("@APP\n@LISTEN\nprotocol = \"udp\"\n", "5:12", &["listen[0].protocol: not supported yet"]),
     case(
@@ -201,12 +218,17 @@ fn check_approves_what_can_run_and_says_what_it_is() {
     // The port is taken: check must neither mind nor disturb it.
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
-    let text = format!("{APP}\nname = \"shop\"\n[[listen]]\naddress = \"{address}\"\nbacklog = 2000000000\n");
+    let listen = format!("[[listen]]\naddress = \"{address}\"\nbacklog = 2000000000");
+    let upgrade = "[upgrade]\nbake = \"1s\"\ncheck = [\"/bin/true\", \"{generation}\"]";
+    let text = format!("{APP}\nname = \"shop\"\n{listen}\n{upgrade}\n");
     std::fs::write(directory.path().join("app.toml"), text).unwrap();
     let output = run(directory.path(), &["check", "--config", "app.toml"]);
     let said = String::from_utf8(output.stdout.clone()).unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    for word in ["app.toml: ok", "shop", "/bin/sleep", "\"60\"", &address.to_string(), "run/control.sock"] {
+    let check = "check    /bin/true \"1\"";
+    for word in
+        ["app.toml: ok", "shop", "/bin/sleep", "\"60\"", &address.to_string(), "run/control.sock", check]
+    {
         assert!(said.contains(word), "{word}\n{said}");
     }
     assert!(stderr(&output).contains("sysctl -w net.core.somaxconn=2000000000"), "{}", stderr(&output));
@@ -235,6 +257,11 @@ fn check_finds_what_this_machine_cannot_run() {
         ),
         ("command = [\"sleep\"]\nenvironment_file = \"bad.env\"", "127.0.0.1:80", "bad.env, line 2"),
         ("command = [\"sleep\"]", "192.0.2.1:80", "no interface here has it"),
+        (
+            "command = [\"sleep\"]\n[upgrade]\nbake = \"1s\"\ncheck = [\"./plain\"]",
+            "127.0.0.1:80",
+            "upgrade.check: ",
+        ),
     ] {
         let text = format!("[app]\n{app}\n[[listen]]\naddress = \"{address}\"\n");
         std::fs::write(directory.path().join("app.toml"), &text).unwrap();

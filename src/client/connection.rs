@@ -2,12 +2,14 @@
 //! for the outcome of what the master has taken on: there `--timeout` is the limit, and the master's own phases are.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use reuseportd_wire::control::{ControlError, REPLY_BYTES_MAX, Reply, Request, decode_reply, encode};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::error::ClientError;
@@ -32,6 +34,8 @@ impl Patience {
 pub(super) struct Connection {
     path: PathBuf,
     stream: BufReader<UnixStream>,
+    /// What is there of the next reply.
+    line: Vec<u8>,
     patience: Patience,
     opened: Instant,
     answered: bool,
@@ -58,6 +62,7 @@ impl Connection {
         let connection = Self {
             path: path.to_owned(),
             stream: BufReader::new(UnixStream::from(OwnedFd::from(socket))),
+            line: Vec::new(),
             patience,
             opened,
             answered: false,
@@ -93,20 +98,39 @@ impl Connection {
     /// # Errors
     /// The time is up, the master refuses or goes away, or what it says is no reply.
     pub(super) fn reply(&mut self) -> Result<Reply, ClientError> {
-        let mut line = Vec::new();
-        while line.last() != Some(&b'\n') && line.len() <= REPLY_BYTES_MAX {
-            let chunk = self.wait()?;
+        loop {
+            if let Some(reply) = self.reply_beside(None, None)? {
+                return Ok(reply);
+            }
+        }
+    }
+
+    /// The same, or none when `beside` can be read or `until` has come first.
+    ///
+    /// # Errors
+    /// As of [`Connection::reply`].
+    pub(super) fn reply_beside(
+        &mut self,
+        beside: Option<BorrowedFd<'_>>,
+        until: Option<Instant>,
+    ) -> Result<Option<Reply>, ClientError> {
+        while self.line.last() != Some(&b'\n') && self.line.len() <= REPLY_BYTES_MAX {
+            if !self.wait(beside, until)? {
+                return Ok(None);
+            }
+            let chunk = self.stream.buffer();
             if chunk.is_empty() {
                 return Err(ClientError::Closed { path: self.path.clone() });
             }
             let end = chunk.iter().position(|byte| *byte == b'\n').map_or(chunk.len(), |at| at + 1);
-            line.extend_from_slice(&chunk[..end]);
+            self.line.extend_from_slice(&chunk[..end]);
             self.stream.consume(end);
         }
         self.answered = true;
+        let line = std::mem::take(&mut self.line);
         match decode_reply(&line).map_err(|source| self.not_understood(source))? {
             Reply::Error { message, code, receipt } => Err(ClientError::Refused { message, code, receipt }),
-            reply => Ok(reply),
+            reply => Ok(Some(reply)),
         }
     }
 
@@ -117,8 +141,8 @@ impl Connection {
     pub(super) fn until_closed(mut self) -> Result<(), ClientError> {
         (self.opened, self.answered) = (Instant::now(), false);
         loop {
-            let bytes = match self.wait() {
-                Ok(chunk) => chunk.len(),
+            let bytes = match self.wait(None, None) {
+                Ok(_) => self.stream.buffer().len(),
                 Err(ClientError::Socket { .. }) => 0,
                 Err(late) => return Err(late),
             };
@@ -129,25 +153,39 @@ impl Connection {
         }
     }
 
-    /// What can be read; empty when the master has closed the connection.
-    fn wait(&mut self) -> Result<&[u8], ClientError> {
+    /// Waits for something to read, which is in the buffer then: nothing when the master has closed the connection.
+    /// False when `beside` can be read or `until` has come first.
+    fn wait(&mut self, beside: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<bool, ClientError> {
         let first = (!self.answered).then_some(self.patience.answer);
         let limit = first.into_iter().chain(self.patience.whole).min();
-        loop {
+        let failed =
+            |path: &Path, source| ClientError::Socket { path: path.to_owned(), action: "read", source };
+        while self.stream.buffer().is_empty() {
             let left = limit.map(|limit| limit.saturating_sub(self.opened.elapsed()));
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(self.too_late());
             }
-            let filled = self.stream.get_ref().set_read_timeout(left).and_then(|()| self.stream.fill_buf());
-            match filled.map(|_| ()) {
-                // SIGSTOP and SIGCONT interrupt a read that has a limit.
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-                Err(source) => {
-                    return Err(ClientError::Socket { path: self.path.clone(), action: "read", source });
+            let pause = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let timeout = left.into_iter().chain(pause).min().and_then(|time| Timespec::try_from(time).ok());
+            let mut fds = vec![PollFd::new(self.stream.get_ref(), PollFlags::IN)];
+            fds.extend(beside.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            match poll(&mut fds, timeout.as_ref()) {
+                // SIGSTOP and SIGCONT interrupt it.
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(failed(&self.path, errno.into())),
+            }
+            let can_be_read: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if can_be_read.first() == Some(&true) {
+                match self.stream.fill_buf().map(|_| ()) {
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(source) => return Err(failed(&self.path, source)),
+                    Ok(()) => return Ok(true),
                 }
-                Ok(()) => return Ok(self.stream.buffer()),
+            } else if can_be_read.contains(&true) || until.is_some_and(|until| until <= Instant::now()) {
+                return Ok(false);
             }
         }
+        Ok(true)
     }
 
     fn too_late(&self) -> ClientError {

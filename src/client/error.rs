@@ -7,7 +7,9 @@ use std::time::Duration;
 use reuseportd_wire::control::ControlError;
 use reuseportd_wire::status::{Outcome, Receipt};
 
-use super::text::{escape_lines, milliseconds};
+use super::live::time;
+use super::receipt::ended;
+use super::text::escape_lines;
 use crate::config::ConfigErrors;
 
 /// Anything but success.
@@ -31,10 +33,10 @@ pub(super) enum ClientError {
     Socket { path: PathBuf, action: &'static str, source: io::Error },
     #[error(
         "control socket {}: no answer within {}: the master hangs or is stopped (look at its process and log)",
-        path.display(), words(*waited)
+        path.display(), time(*waited)
     )]
     Silent { path: PathBuf, waited: Duration },
-    #[error("--timeout of {} passed: what the master has taken on goes on (reuseportd status shows how)", words(*.0))]
+    #[error("--timeout of {} passed: what the master has taken on goes on (reuseportd status shows how)", time(*.0))]
     TimedOut(Duration),
     #[error(
         "control socket {}: closed before the answer came: the master ended, or does not let this user in \
@@ -55,8 +57,8 @@ pub(super) enum ClientError {
     Unexpected { path: PathBuf },
     #[error("{}", escape_lines(message))]
     Refused { message: String, code: u8, receipt: Option<Box<Receipt>> },
-    #[error("upgrade {}: {}", outcome.as_str().replace('_', " "), escape_lines(reason))]
-    NotCompleted { outcome: Outcome, reason: String },
+    #[error("upgrade {}: {}", ended(*outcome), escape_lines(reason))]
+    NotCompleted { outcome: Outcome, reason: String, code: u8 },
     #[error("what was left behind is not ended: {0}")]
     LeftBehind(String),
     #[error("standard output: cannot write: {0}")]
@@ -71,7 +73,7 @@ impl ClientError {
             Self::NoMaster { .. } => 3,
             Self::TimedOut(_) => 4,
             // A master that refuses with 0 would turn a refusal into a success.
-            Self::Refused { code, .. } => (*code).max(1),
+            Self::Refused { code, .. } | Self::NotCompleted { code, .. } => (*code).max(1),
             Self::NotAllowed { .. }
             | Self::Socket { .. }
             | Self::Silent { .. }
@@ -79,13 +81,8 @@ impl ClientError {
             | Self::MasterEnded { .. }
             | Self::NotUnderstood { .. }
             | Self::Unexpected { .. }
-            | Self::NotCompleted { .. }
             | Self::LeftBehind(_)
             | Self::Output(_) => 1,
         }
     }
-}
-
-fn words(time: Duration) -> String {
-    milliseconds(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
 }

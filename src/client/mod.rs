@@ -1,10 +1,13 @@
-//! The subcommands that speak to a running master: `status`, `upgrade`, `stop`, `reexec`.
+//! The subcommands that speak to a running master: `status`, `upgrade`, `rollback`, `scale`, `restart-worker`, `stop`,
+//! `reexec`.
 //!
 //! Exit codes: 0 done; 1 failed, rolled back, refused or not allowed; 2 invalid config; 3 no master reachable;
 //! 4 `--timeout` passed.
 
 mod connection;
 mod error;
+mod live;
+mod look;
 mod overview;
 mod progress;
 mod receipt;
@@ -19,28 +22,48 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use reuseportd_wire::control::{Reply, Request, Wait, encode};
-use reuseportd_wire::status::{Outcome, Receipt, Status};
+use reuseportd_wire::status::{Outcome, Status};
 
 use self::connection::{Connection, Patience};
 use self::error::ClientError;
 use self::progress::Progress;
 use self::text::Paint;
-use crate::cli::{Master, WaitFor};
+use crate::cli::{Master, Stay, WaitFor};
 
 /// `status [--json]`.
 pub(crate) fn status(master: &Master, json: bool) -> ExitCode {
     run(master, |socket| show_status(socket, json, Patience::new(None), &mut stdout()))
 }
 
+/// `status --receipts [--json]`.
+pub(crate) fn receipts(master: &Master, json: bool) -> ExitCode {
+    run(master, |socket| show_receipts(socket, json, Patience::new(None), &mut stdout()))
+}
+
 /// `upgrade [--wait[=FOR]] [--force] [--json] [--timeout D]`.
-pub(crate) fn upgrade(
-    master: &Master,
-    wait: Option<WaitFor>,
-    force: bool,
-    json: bool,
-    timeout: Option<Duration>,
-) -> ExitCode {
-    run(master, |socket| ask_upgrade(socket, wait, force, json, Patience::new(timeout), &mut stdout()))
+pub(crate) fn upgrade(master: &Master, force: bool, stay: &Stay) -> ExitCode {
+    let request = Request::Upgrade { wait: wait_for(stay.wait), force };
+    run(master, |socket| {
+        ask_for_receipt(socket, &request, stay.json, Patience::new(stay.timeout), &mut stdout())
+    })
+}
+
+/// `rollback [--wait[=FOR]] [--json] [--timeout D]`.
+pub(crate) fn rollback(master: &Master, stay: &Stay) -> ExitCode {
+    let request = Request::Rollback { wait: wait_for(stay.wait) };
+    run(master, |socket| {
+        ask_for_receipt(socket, &request, stay.json, Patience::new(stay.timeout), &mut stdout())
+    })
+}
+
+/// `scale N [--wait] [--timeout D]`.
+pub(crate) fn scale(master: &Master, workers: u32, wait: bool, timeout: Option<Duration>) -> ExitCode {
+    run(master, |socket| ask_scale(socket, workers, wait, Patience::new(timeout), &mut stdout()))
+}
+
+/// `restart-worker SEAT [--wait] [--timeout D]`.
+pub(crate) fn restart_worker(master: &Master, seat: u32, wait: bool, timeout: Option<Duration>) -> ExitCode {
+    run(master, |socket| ask_restart_worker(socket, seat, wait, Patience::new(timeout), &mut stdout()))
 }
 
 /// `stop [--wait]`.
@@ -100,78 +123,135 @@ pub(crate) fn status_at(socket: &Path) -> Result<Status, (u8, String)> {
     fetch_status(socket, Patience::new(None)).map_err(|error| (error.exit_code(), error.to_string()))
 }
 
-fn ask_upgrade(
+fn show_receipts(
     socket: &Path,
-    wait: Option<WaitFor>,
-    force: bool,
     json: bool,
     patience: Patience,
     out: &mut impl Write,
 ) -> Result<(), ClientError> {
-    let wait = match wait {
+    let mut connection = Connection::open(socket, &Request::Receipts {}, patience)?;
+    let Reply::Receipts { receipts } = connection.reply()? else { return Err(connection.unexpected()) };
+    print(out, &if json { as_json(&receipts)? } else { receipt::render_all(&receipts, paint()) })
+}
+
+fn wait_for(wait: Option<WaitFor>) -> Wait {
+    match wait {
         None => Wait::None,
         Some(WaitFor::Retired) => Wait::Retired,
         Some(WaitFor::Drained) => Wait::Drained,
+    }
+}
+
+/// An upgrade or a rollback.
+fn ask_for_receipt(
+    socket: &Path,
+    request: &Request,
+    json: bool,
+    patience: Patience,
+    out: &mut impl Write,
+) -> Result<(), ClientError> {
+    let (what, waits) = match request {
+        Request::Rollback { wait } => ("rollback", *wait != Wait::None),
+        Request::Upgrade { wait, .. } => ("upgrade", *wait != Wait::None),
+        _ => ("", false),
     };
-    let mut connection = Connection::open(socket, &Request::Upgrade { wait, force }, patience)?;
-    let receipt = match await_receipt(&mut connection, wait) {
+    let (receipt, code) = match ask(socket, request, waits, patience) {
+        Ok(Reply::Accepted) if json => return Ok(()),
+        Ok(Reply::Accepted) => return print(out, &format!("{what} accepted\n")),
+        Ok(Reply::Receipt { receipt, code }) => (receipt, code),
+        Ok(_) => return Err(ClientError::Unexpected { path: socket.to_owned() }),
         Err(ClientError::Refused { message, code, receipt: Some(receipt) }) if json => {
             print(out, &as_json(&receipt)?)?;
             return Err(ClientError::Refused { message, code, receipt: None });
         }
-        result => result?,
+        Err(error) => return Err(error),
     };
-    let Some(receipt) = receipt else {
-        return if json { Ok(()) } else { print(out, "upgrade accepted\n") };
+    // A master that knows no rollback sends no code either.
+    let is_failed = code != 0 || what == "upgrade" && receipt.outcome != Outcome::Completed;
+    let text = match json {
+        true => as_json(&receipt)?,
+        // The error says the reason of a failure.
+        false if is_failed => receipt::render(&receipt, paint()),
+        false => receipt::render_with_reason(&receipt, paint()),
     };
-    print(out, &if json { as_json(&receipt)? } else { receipt::render(&receipt, paint()) })?;
-    match receipt.outcome {
-        Outcome::Completed => Ok(()),
-        outcome @ (Outcome::RolledBack | Outcome::Refused | Outcome::Superseded) => {
-            Err(ClientError::NotCompleted { outcome, reason: receipt::reason(&receipt).to_owned() })
+    print(out, &text)?;
+    if !is_failed {
+        return Ok(());
+    }
+    let reason = receipt::reason(&receipt).to_owned();
+    Err(ClientError::NotCompleted { outcome: receipt.outcome, reason, code })
+}
+
+/// The last reply to a request; what comes before it is shown as progress.
+fn ask(socket: &Path, request: &Request, waits: bool, patience: Patience) -> Result<Reply, ClientError> {
+    let mut connection = Connection::open(socket, request, patience)?;
+    let mut progress = Progress::new(socket);
+    let mut is_accepted = false;
+    loop {
+        match progress.reply(&mut connection) {
+            Ok(reply) if reply.is_last(waits) => return Ok(reply),
+            Ok(_) => is_accepted = true,
+            Err(ClientError::Closed { path }) if is_accepted => {
+                return Err(ClientError::MasterEnded { path });
+            }
+            Err(error) => return Err(error),
         }
     }
 }
 
-/// The receipt, or none when the upgrade was accepted and nobody waits for more.
-fn await_receipt(connection: &mut Connection, wait: Wait) -> Result<Option<Receipt>, ClientError> {
-    let mut progress = Progress::new();
-    let mut accepted = false;
-    loop {
-        let reply = match connection.reply() {
-            Err(ClientError::Closed { path }) if accepted => Err(ClientError::MasterEnded { path }),
-            reply => reply,
-        };
-        match reply? {
-            Reply::Progress { state, text, .. } => progress.show(state, &text),
-            Reply::Accepted if wait == Wait::None => return Ok(None),
-            Reply::Accepted => accepted = true,
-            Reply::Receipt { receipt } => return Ok(Some(*receipt)),
-            Reply::Status { .. } | Reply::Done | Reply::Error { .. } => return Err(connection.unexpected()),
-        }
+/// A request that is done or not, and nothing more is to be said of it.
+fn ask_for_done(
+    socket: &Path,
+    request: &Request,
+    waits: bool,
+    patience: Patience,
+    out: &mut impl Write,
+    [accepted, done]: [&str; 2],
+) -> Result<(), ClientError> {
+    match ask(socket, request, waits, patience)? {
+        Reply::Accepted => print(out, accepted),
+        Reply::Done => print(out, done),
+        Reply::Status { .. }
+        | Reply::Progress { .. }
+        | Reply::Receipt { .. }
+        | Reply::Receipts { .. }
+        | Reply::Error { .. } => Err(ClientError::Unexpected { path: socket.to_owned() }),
     }
+}
+
+fn ask_scale(
+    socket: &Path,
+    workers: u32,
+    wait: bool,
+    patience: Patience,
+    out: &mut impl Write,
+) -> Result<(), ClientError> {
+    let done = format!("scaled to {workers}\n");
+    ask_for_done(socket, &Request::Scale { workers, wait }, wait, patience, out, ["scale accepted\n", &done])
+}
+
+fn ask_restart_worker(
+    socket: &Path,
+    seat: u32,
+    wait: bool,
+    patience: Patience,
+    out: &mut impl Write,
+) -> Result<(), ClientError> {
+    let done = format!("worker of seat {seat} restarted\n");
+    let words = ["restart accepted\n", &done];
+    ask_for_done(socket, &Request::RestartWorker { seat, wait }, wait, patience, out, words)
 }
 
 fn ask_reexec(socket: &Path, patience: Patience, out: &mut impl Write) -> Result<(), ClientError> {
-    let mut connection = Connection::open(socket, &Request::Reexec {}, patience)?;
-    loop {
-        match connection.reply()? {
-            Reply::Accepted | Reply::Progress { .. } => {}
-            Reply::Done => return print(out, "re-executed\n"),
-            Reply::Status { .. } | Reply::Receipt { .. } | Reply::Error { .. } => {
-                return Err(connection.unexpected());
-            }
-        }
-    }
+    ask_for_done(socket, &Request::Reexec {}, true, patience, out, ["", "re-executed\n"])
 }
 
 fn ask_stop(socket: &Path, wait: bool, patience: Patience, out: &mut impl Write) -> Result<(), ClientError> {
     let mut connection = Connection::open(socket, &Request::Stop { wait }, patience)?;
-    let mut progress = Progress::new();
+    let mut progress = Progress::new(socket);
     let mut accepted = false;
     loop {
-        match connection.reply() {
-            Ok(Reply::Progress { state, text, .. }) => progress.show(state, &text),
+        match progress.reply(&mut connection) {
             Ok(Reply::Accepted) if wait => accepted = true,
             Ok(Reply::Accepted) => return print(out, "stop accepted\n"),
             // A master that is started next finds the socket and the lock free only when this one has ended.

@@ -5,12 +5,12 @@ use std::fmt::Write;
 
 use jiff::Timestamp;
 use reuseportd_wire::status::{
-    ExecutableInfo, GenerationState, GenerationStatus, ListenerStatus, MasterState, Outcome, Status,
-    WorkerState, WorkerStatus,
+    ExecutableInfo, GenerationState, GenerationStatus, ListenerStatus, MasterState, Status, WorkerState,
+    WorkerStatus,
 };
 
 use super::receipt;
-use super::text::{Cell, Paint, Table, Tone, count, escape, known, since, wrap};
+use super::text::{Cell, Paint, Table, Tone, count, escape, known, milliseconds, share, since, wrap};
 
 /// Writing to a String can't fail, which is why the results of `write!` are dropped in this file.
 pub(super) fn render(status: &Status, now: Timestamp, paint: Paint) -> String {
@@ -25,10 +25,7 @@ pub(super) fn render(status: &Status, now: Timestamp, paint: Paint) -> String {
     }
     if let Some(last) = &status.last_upgrade {
         text.push('\n');
-        text += &receipt::render(last, paint);
-        if last.outcome != Outcome::Completed {
-            text += &wrap(receipt::reason(last), 2);
-        }
+        text += &receipt::render_with_reason(last, paint);
     }
     text
 }
@@ -52,6 +49,12 @@ fn master(status: &Status, now: Timestamp, paint: Paint) -> String {
     let mut text = format!("{app}: {}, {serves}\n", paint.tone(tone, status.state.as_str()));
     if let Some(reason) = &status.state_reason {
         text += &wrap(reason, 2);
+    }
+    let scaled = status.scaled.map(|to| format!("scaled to {} (config: {})", to.workers, to.configured));
+    let waits = status.upgrade_waits.then(|| "an upgrade waits".to_owned());
+    let notes: Vec<_> = scaled.into_iter().chain(waits).collect();
+    if !notes.is_empty() {
+        text += &wrap(&notes.join(", "), 2);
     }
     let master = &status.master;
     let _ = write!(text, "  master {}, version {}", master.pid, escape(&master.version));
@@ -85,22 +88,15 @@ fn generation(generation: &GenerationStatus, now: Timestamp, paint: Paint) -> St
         count(generation.connections, "connection")
     );
     text += &wrap(&executable(&generation.executable), 2);
+    if let Some(ms) = generation.deadline_ms {
+        text += &wrap(&format!("deadline in {}: what is left by then is killed", milliseconds(ms)), 2);
+    }
     if generation.workers.is_empty() {
         text += "  no workers\n";
     } else {
         text += &workers(&generation.workers, now).render(2, paint);
     }
     text
-}
-
-fn share(share: f64) -> String {
-    if share >= 1.0 {
-        "all new connections".to_owned()
-    } else if share <= 0.0 {
-        "no new connections".to_owned()
-    } else {
-        format!("{} % of new connections", (share * 1_000.0).round() / 10.0)
-    }
 }
 
 fn executable(executable: &ExecutableInfo) -> String {

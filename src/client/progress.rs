@@ -1,58 +1,133 @@
-//! How an upgrade gets on, on stderr: live on a terminal, else one line per phase.
+//! How a wait gets on, on stderr: live on a terminal, else one line per phase.
 
-use std::io::{IsTerminal, Write, stderr};
-use std::time::{Duration, Instant};
+use std::io::{Write, stderr};
+use std::path::Path;
+use std::time::Instant;
 
-use indicatif::ProgressBar;
-use reuseportd_wire::status::Phase;
+use indicatif::{ProgressBar, ProgressStyle};
+use reuseportd_wire::control::Reply;
+use reuseportd_wire::status::{Phase, Status};
 
-use super::text::{escape, milliseconds};
+use super::connection::Connection;
+use super::error::ClientError;
+use super::live::{Moment, time};
+use super::look::Look;
+use super::text::escape;
 
 /// Shows one phase after the other.
 pub(super) struct Progress {
     /// None where nobody watches: then a phase is said once, when it begins.
-    bar: Option<ProgressBar>,
+    live: Option<Live>,
     phase: Option<(Phase, Instant)>,
 }
 
+/// What is drawn on a terminal, and from what.
+struct Live {
+    bar: ProgressBar,
+    look: Look,
+    status: Option<Status>,
+    text: String,
+    ready: Option<(u32, u32)>,
+    /// When the master said something new last.
+    told: Instant,
+}
+
 impl Progress {
-    pub(super) fn new() -> Self {
-        Self { bar: stderr().is_terminal().then(ProgressBar::new_spinner), phase: None }
+    /// Of a wait for the master at this socket.
+    pub(super) fn new(socket: &Path) -> Self {
+        let bar = ProgressBar::new_spinner();
+        // Cut to the terminal's width.
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
+            bar.set_style(style);
+        }
+        let live = (!bar.is_hidden()).then(|| Live {
+            bar,
+            look: Look::new(socket),
+            status: None,
+            text: String::new(),
+            ready: None,
+            told: Instant::now(),
+        });
+        Self { live, phase: None }
+    }
+
+    /// The next reply that tells no progress. The time until it comes is spent on what is drawn.
+    ///
+    /// # Errors
+    /// As of [`Connection::reply`].
+    pub(super) fn reply(&mut self, connection: &mut Connection) -> Result<Reply, ClientError> {
+        loop {
+            let (fd, due) = self.live.as_ref().map(|live| (live.look.fd(), live.look.due())).unzip();
+            match connection.reply_beside(fd.flatten(), due)? {
+                Some(Reply::Progress { state, text, ready, of }) => self.show(state, &text, ready.zip(of)),
+                Some(reply) => return Ok(reply),
+                None => self.refresh(),
+            }
+        }
     }
 
     /// What the master says now.
-    pub(super) fn show(&mut self, phase: Phase, text: &str) {
+    fn show(&mut self, phase: Phase, text: &str, ready: Option<(u32, u32)>) {
         let begins = self.phase.is_none_or(|(last, _)| last != phase);
-        let line = format!("{phase}: {}", escape(text));
         if begins {
             self.end_phase();
             self.phase = Some((phase, Instant::now()));
         }
-        match &self.bar {
-            Some(bar) => {
-                if begins {
-                    bar.enable_steady_tick(Duration::from_millis(100));
+        match &mut self.live {
+            Some(live) => {
+                if begins || live.text != text {
+                    live.told = Instant::now();
                 }
-                bar.set_message(line);
+                // What was known of the last phase says nothing about this one.
+                live.status.take_if(|_| begins);
+                (live.text, live.ready) = (text.to_owned(), ready);
+                self.draw();
             }
             // A closed stderr must not stop the wait for the outcome.
-            None if begins => drop(writeln!(stderr(), "{line}")),
+            None if begins => drop(writeln!(stderr(), "{phase}: {}", escape(text))),
             None => {}
         }
     }
 
+    fn refresh(&mut self) {
+        if let Some(live) = &mut self.live {
+            if let Some(status) = live.look.go_on() {
+                live.status = Some(status);
+            }
+            self.draw();
+        }
+    }
+
+    fn draw(&self) {
+        let Some(live) = &self.live else { return };
+        // A step of a canary has a time of its own; seats that get ready are no steps.
+        let began = match self.phase {
+            Some((Phase::Canary, _)) | None => live.told,
+            Some((_, began)) => began,
+        };
+        let phase = self.phase.map(|(phase, _)| phase);
+        let moment = Moment {
+            phase,
+            text: &live.text,
+            ready: live.ready,
+            status: live.status.as_ref(),
+            lasts: began.elapsed(),
+        };
+        live.bar.set_message(moment.line());
+    }
+
     fn end_phase(&mut self) {
-        if let (Some(bar), Some((phase, began))) = (&self.bar, self.phase.take()) {
-            let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-            bar.println(format!("{phase}: {}", milliseconds(ms)));
+        if let (Some(live), Some((phase, began))) = (&self.live, self.phase.take()) {
+            live.bar.println(format!("{phase}: {}", time(began.elapsed())));
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        self.end_phase();
+        if let Some(live) = &self.live {
+            live.bar.finish_and_clear();
         }
     }
 }

@@ -4,22 +4,33 @@ use std::fmt::Write;
 
 use reuseportd_wire::status::{Outcome, Phase, Receipt, ReceiptListener};
 
-use super::text::{Cell, Paint, Table, Tone, count, escape, milliseconds, wrap};
+use super::text::{Cell, Paint, Table, Tone, count, escape, microseconds, milliseconds, wrap};
 
 /// What the upgrade did: how it ended, its phases, its listeners, what was lost. Without the reason, see [`reason`].
 pub(super) fn render(receipt: &Receipt, paint: Paint) -> String {
-    let mut text = paint.tone(tone(receipt.outcome), &headline(receipt)) + "\n";
+    let mut text = String::new();
+    // Writing to a String can't fail.
+    if let Some(by) = receipt.superseded_by {
+        let _ = writeln!(text, "superseded by a later wish, generation {by}, whose receipt this is:");
+    }
+    let _ = writeln!(text, "{}", paint.tone(tone(receipt.outcome), &headline(receipt)));
     let phases: Vec<_> =
         receipt.phases.iter().map(|time| format!("{} {}", time.phase, milliseconds(time.ms))).collect();
     if !phases.is_empty() {
         text += &wrap(&phases.join(", "), 2);
     }
     // Before new connections are turned to another generation nothing happens to a listener.
-    if receipt.phases.iter().any(|time| matches!(time.phase, Phase::Canary | Phase::Switch)) {
+    let is_steered = receipt.phases.iter().any(|time| matches!(time.phase, Phase::Canary | Phase::Switch));
+    if is_steered && !receipt.listeners.is_empty() {
         text += &listeners(&receipt.listeners).render(2, paint);
     }
+    let steered_back = receipt.steer_back_us.map(|us| format!("steered back in {}", microseconds(us)));
+    let passed = (receipt.checks_passed > 0).then(|| count(Some(receipt.checks_passed), "check") + " passed");
+    let trial: Vec<_> = passed.into_iter().chain(steered_back).collect();
+    if !trial.is_empty() {
+        text += &wrap(&trial.join(", "), 2);
+    }
     if receipt.outcome == Outcome::Completed || receipt.forced_kills > 0 {
-        // Writing to a String can't fail.
         let _ = writeln!(
             text,
             "  {} killed, {} cut",
@@ -28,6 +39,39 @@ pub(super) fn render(receipt: &Receipt, paint: Paint) -> String {
         );
     }
     text
+}
+
+/// The same, with the reason unless it completed.
+pub(super) fn render_with_reason(receipt: &Receipt, paint: Paint) -> String {
+    let mut text = render(receipt, paint);
+    if receipt.outcome != Outcome::Completed {
+        text += &wrap(reason(receipt), 2);
+    }
+    text
+}
+
+/// A line for each receipt, and the reasons below.
+pub(super) fn render_all(receipts: &[Receipt], paint: Paint) -> String {
+    if receipts.is_empty() {
+        return "no upgrade yet\n".to_owned();
+    }
+    let mut table = Table::new(["STARTED", "FROM", "TO", "BY", "OUTCOME", "TOOK"].map(str::to_owned));
+    for receipt in receipts {
+        let generation =
+            |number: Option<u32>| Cell::number(Some(number.map_or("-".to_owned(), |n| n.to_string())));
+        table.row(vec![
+            Cell::text(&receipt.started_at),
+            generation(receipt.from),
+            generation(receipt.to),
+            Cell::text(receipt.trigger.as_str()),
+            Cell::text(&ended(receipt.outcome)).tone(tone(receipt.outcome)),
+            Cell::number(Some(milliseconds(receipt.duration_ms))),
+        ]);
+    }
+    let table = table.render(0, paint);
+    let reasons = receipts.iter().map(|receipt| receipt.reason.as_deref());
+    let reasons = std::iter::once(None).chain(reasons).map(|reason| reason.map(|text| wrap(text, 2)));
+    table.lines().zip(reasons).map(|(row, reason)| format!("{row}\n{}", reason.unwrap_or_default())).collect()
 }
 
 /// Why it ended so, with what to do about it when there is nothing in the receipt.
@@ -42,15 +86,14 @@ fn headline(receipt: &Receipt) -> String {
         (Some(from), None) => format!("upgrade from generation {from}"),
         (None, None) => "upgrade".to_owned(),
     };
-    let ended = match (receipt.outcome, receipt.superseded_by) {
-        (Outcome::Completed, _) => "completed".to_owned(),
-        (Outcome::RolledBack, _) => "rolled back".to_owned(),
-        (Outcome::Refused, _) => "refused".to_owned(),
-        (Outcome::Superseded, Some(by)) => format!("superseded by generation {by}"),
-        (Outcome::Superseded, None) => "superseded".to_owned(),
-    };
+    let ended = ended(receipt.outcome);
     let took = milliseconds(receipt.duration_ms);
     format!("{what}: {ended} in {took} (by {}, {})", receipt.trigger, escape(&receipt.started_at))
+}
+
+/// How, in words.
+pub(super) fn ended(outcome: Outcome) -> String {
+    outcome.as_str().replace('_', " ")
 }
 
 fn tone(outcome: Outcome) -> Tone {

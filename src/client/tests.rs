@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use reuseportd_wire::control::{REPLY_BYTES_MAX, decode_request};
-use reuseportd_wire::status::Status;
+use reuseportd_wire::control::{REPLY_BYTES_MAX, decode_reply, decode_request};
+use reuseportd_wire::status::{GenerationState, Phase, Receipt, Status, Trigger, WorkerState};
 
 use super::*;
 
@@ -69,8 +69,21 @@ fn end(result: Result<(), ClientError>) -> Ended {
     Ended { code, error, out: String::new() }
 }
 
+fn upgrade(wait: Option<WaitFor>) -> Request {
+    Request::Upgrade { wait: wait_for(wait), force: false }
+}
+
 fn upgraded(replies: &'static str, then: Then, wait: Option<WaitFor>, json: bool) -> (Request, Ended) {
-    FakeMaster::says(replies, then).hears(|socket, out| ask_upgrade(socket, wait, false, json, PATIENT, out))
+    FakeMaster::says(replies, then)
+        .hears(|socket, out| ask_for_receipt(socket, &upgrade(wait), json, PATIENT, out))
+}
+
+fn rolled_back(replies: &'static str, json: bool) -> Ended {
+    let request = Request::Rollback { wait: Wait::Retired };
+    let (heard, ended) = FakeMaster::says(replies, Then::Close)
+        .hears(|socket, out| ask_for_receipt(socket, &request, json, PATIENT, out));
+    assert_eq!(heard, request);
+    ended
 }
 
 const COMPLETED: &str = concat!(
@@ -130,6 +143,132 @@ fn an_upgrade_that_failed_is_told_with_its_reason_and_exit_code_1() {
     }
 }
 
+/// Taken back while it was tried: what `rollback` asked for, and a failure for who asked for the upgrade.
+const TAKEN_BACK: &str = concat!(
+    r#"{"reply":"receipt","code":0,"receipt":{"from":3,"to":4,"trigger":"command","outcome":"rolled_back","reason":"a rollback was asked for","started_at":"2026-11-22T10:00:00Z","duration_ms":12000,"phases":[{"phase":"launching","ms":1000},{"phase":"canary","ms":11000}],"listeners":[],"forced_kills":0,"connections_cut":0,"steer_back_us":312,"checks_passed":1}}"#,
+    "\n"
+);
+
+#[test]
+fn a_rollback_is_done_when_the_master_says_so() {
+    let ended = rolled_back(TAKEN_BACK, false);
+    assert_eq!((ended.code, ended.error.as_str()), (0, ""));
+    let picture = "\
+upgrade from generation 3 to 4: rolled back in 12.0 s (by command, 2026-11-22T10:00:00Z)
+  launching 1.0 s, canary 11.0 s
+  1 check passed, steered back in 312 µs
+  a rollback was asked for
+";
+    assert_eq!(ended.out, picture);
+    let ended = rolled_back(TAKEN_BACK, true);
+    let receipt: Receipt = serde_json::from_str(&ended.out).unwrap();
+    assert_eq!((ended.code, receipt.steer_back_us), (0, Some(312)));
+    let failed: &'static str = TAKEN_BACK.replace(r#""code":0"#, r#""code":1"#).leak();
+    let ended = rolled_back(failed, false);
+    assert_eq!((ended.code, ended.error.as_str()), (1, "upgrade rolled back: a rollback was asked for"));
+    let refusal = "{\"reply\":\"error\",\"message\":\"there is no generation before this one\"}\n";
+    let ended = rolled_back(refusal, true);
+    assert_eq!((ended.code, ended.out.as_str()), (1, ""), "{ended:?}");
+    let request = Request::Rollback { wait: Wait::None };
+    for (json, said) in [(false, "rollback accepted\n"), (true, "")] {
+        let (_, ended) = FakeMaster::says("{\"reply\":\"accepted\"}\n", Then::Stay)
+            .hears(|socket, out| ask_for_receipt(socket, &request, json, PATIENT, out));
+        assert_eq!((ended.code, ended.out.as_str()), (0, said));
+    }
+}
+
+#[test]
+fn an_upgrade_is_done_only_when_it_completed_and_the_master_says_so() {
+    let wait = Some(WaitFor::Retired);
+    // The default of a master that knows no code.
+    assert_eq!(upgraded(TAKEN_BACK, Then::Close, wait, false).1.code, 1);
+    let failed: &'static str = COMPLETED.replace(r#""receipt","#, r#""receipt","code":1,"#).leak();
+    assert_ne!(failed, COMPLETED);
+    assert_eq!(upgraded(failed, Then::Close, wait, false).1.code, 1);
+}
+
+#[test]
+fn a_wish_that_was_superseded_gets_its_successors_receipt_and_exit_code() {
+    let by = |replies: &str| -> &'static str {
+        replies.replace(r#""forced_kills""#, r#""superseded_by":6,"forced_kills""#).leak()
+    };
+    let first =
+        "superseded by a later wish, generation 6, whose receipt this is:\nupgrade from generation 3 to 4: ";
+    for (replies, code) in [(by(COMPLETED), 0), (by(ROLLED_BACK), 1)] {
+        let (_, ended) = upgraded(replies, Then::Close, Some(WaitFor::Retired), false);
+        assert_eq!(ended.code, code);
+        assert!(ended.out.starts_with(first), "{ended:?}");
+        let (_, ended) = upgraded(replies, Then::Close, Some(WaitFor::Retired), true);
+        let receipt: Receipt = serde_json::from_str(&ended.out).unwrap();
+        assert_eq!((ended.code, receipt.superseded_by), (code, Some(6)));
+    }
+}
+
+#[test]
+fn scaling_and_restarts_are_accepted_or_done() {
+    const ACCEPTED: &str = "{\"reply\":\"accepted\"}\n";
+    const DONE: &str = concat!(
+        "{\"reply\":\"accepted\"}\n",
+        r#"{"reply":"progress","state":"launching","text":"1 of 2 ready","ready":1,"of":2}"#,
+        "\n{\"reply\":\"done\"}\n"
+    );
+    const REFUSED: &str = "{\"reply\":\"error\",\"message\":\"an upgrade runs\"}\n";
+    for (wait, replies, [scaled, restarted], code) in [
+        (false, ACCEPTED, ["scale accepted\n", "restart accepted\n"], 0),
+        (true, DONE, ["scaled to 4\n", "worker of seat 2 restarted\n"], 0),
+        (true, ACCEPTED, ["", ""], 1),
+        (true, REFUSED, ["", ""], 1),
+        (true, COMPLETED, ["", ""], 1),
+    ] {
+        let master = FakeMaster::says(replies, Then::Close);
+        let (request, ended) = master.hears(|socket, out| ask_scale(socket, 4, wait, PATIENT, out));
+        assert_eq!(request, Request::Scale { workers: 4, wait });
+        assert_eq!((ended.code, ended.out.as_str()), (code, scaled), "{ended:?}");
+        let master = FakeMaster::says(replies, Then::Close);
+        let (request, ended) = master.hears(|socket, out| ask_restart_worker(socket, 2, wait, PATIENT, out));
+        assert_eq!(request, Request::RestartWorker { seat: 2, wait });
+        assert_eq!((ended.code, ended.out.as_str()), (code, restarted), "{ended:?}");
+    }
+    let patience = Patience { whole: Some(Duration::from_millis(60)), ..PATIENT };
+    let slow = FakeMaster::says(ACCEPTED, Then::Stay);
+    let (_, ended) = slow.hears(|socket, out| ask_scale(socket, 4, true, patience, out));
+    assert_eq!(ended.code, 4, "{ended:?}");
+}
+
+#[test]
+fn receipts_are_shown_as_a_table_or_as_an_array() {
+    let of = |line: &str| line.lines().last().unwrap().to_owned();
+    let receipt = |replies| match decode_reply(of(replies).as_bytes()).unwrap() {
+        Reply::Receipt { receipt, .. } => *receipt,
+        reply => panic!("{reply:?}"),
+    };
+    let first = Receipt { from: None, to: Some(3), trigger: Trigger::Start, ..receipt(COMPLETED) };
+    let receipts = vec![first, receipt(ROLLED_BACK), Receipt { to: None, ..receipt(TAKEN_BACK) }];
+    let line = encode(&Reply::Receipts { receipts: receipts.clone() }).unwrap().leak();
+    let show = |replies, json| {
+        let master = FakeMaster::says(replies, Then::Close);
+        master.hears(|socket, out| show_receipts(socket, json, PATIENT, out))
+    };
+    let (request, ended) = show(line, false);
+    assert_eq!((request, ended.code), (Request::Receipts {}, 0));
+    let picture = "\
+STARTED               FROM  TO  BY       OUTCOME        TOOK
+2026-11-22T10:00:00Z     -   3  start    completed     1.8 s
+2026-11-22T10:00:00Z     3   4  command  rolled back   81 ms
+  worker 0: exit status 7
+  last output: \\u{1b}[2Jno
+2026-11-22T10:00:00Z     3   -  command  rolled back  12.0 s
+  a rollback was asked for
+";
+    assert_eq!(ended.out, picture);
+    let (_, ended) = show(line, true);
+    assert_eq!(serde_json::from_str::<Vec<Receipt>>(&ended.out).unwrap(), receipts);
+    let none = "{\"reply\":\"receipts\",\"receipts\":[]}\n";
+    assert_eq!(show(none, false).1.out, "no upgrade yet\n");
+    assert_eq!(show(none, true).1.out, "[]\n");
+    assert_eq!(show("{\"reply\":\"done\"}\n", false).1.code, 1);
+}
+
 #[test]
 fn a_refusal_brings_its_exit_code() {
     let codes = [
@@ -176,8 +315,8 @@ fn a_silent_master_ends_the_wait() {
     let patience = Patience { whole, ..HASTY };
     let slow = FakeMaster::says("{\"reply\":\"accepted\"}\n", Then::Stay);
     let began = Instant::now();
-    let (_, ended) =
-        slow.hears(|socket, out| ask_upgrade(socket, Some(WaitFor::Retired), false, false, patience, out));
+    let (_, ended) = slow
+        .hears(|socket, out| ask_for_receipt(socket, &upgrade(Some(WaitFor::Retired)), false, patience, out));
     assert_eq!(ended.code, 4);
     assert!(began.elapsed() >= Duration::from_millis(120));
     assert!(ended.error.contains("--timeout of 120 ms passed"), "{ended:?}");
@@ -196,7 +335,7 @@ fn a_master_that_accepts_nobody_ends_the_wait() {
     queued.connect(&address).unwrap();
     assert_eq!(end(show_status(&socket, false, HASTY, &mut Vec::new())).code, 1);
     let patience = Patience { whole: Some(Duration::from_millis(20)), ..HASTY };
-    assert_eq!(end(ask_upgrade(&socket, None, false, false, patience, &mut Vec::new())).code, 4);
+    assert_eq!(end(ask_for_receipt(&socket, &upgrade(None), false, patience, &mut Vec::new())).code, 4);
 }
 
 #[test]
@@ -268,6 +407,42 @@ fn colour_changes_nothing_but_colour() {
         plain += piece.strip_prefix('[').map_or(piece, |rest| rest.split_once('m').unwrap().1);
     }
     assert_eq!(plain, overview::render(&sample(), now(), PLAIN));
+}
+
+/// What a terminal shows of a phase.
+fn live(phase: Option<Phase>, status: Option<&Status>) -> String {
+    let lasts = Duration::from_millis(12_345);
+    live::Moment { phase, text: "so \x1b[2Jit is", ready: Some((3, 4)), status, lasts }.line()
+}
+
+#[test]
+fn each_phase_shows_the_numbers_that_matter_in_it() {
+    let mut status = sample();
+    let shows = |phase, status: &Status| live(Some(phase), Some(status));
+    assert_eq!(live(None, None), "waiting 12.3 s");
+    assert_eq!(live(None, Some(&status)), "waiting 12.3 s: the master's state is canary");
+    let unknown = live(Some(Phase::Launching), None);
+    assert_eq!(unknown, "launching 12.3 s: ███████████████░░░░░ 3 of 4 ready", "as the master told");
+    assert_eq!(live(Some(Phase::Draining), None), "draining 12.3 s: so \\u{1b}[2Jit is");
+    assert_eq!(shows(Phase::Switch, &status), "switch 12.3 s: so \\u{1b}[2Jit is");
+    let canary = shows(Phase::Canary, &status);
+    assert_eq!(canary, "canary 12.3 s: 5.5 % of new connections for generation 5");
+    let draining = "12.3 s: 1 connection left on generation 3, deadline in 42.5 s";
+    assert_eq!(shows(Phase::Draining, &status), format!("draining {draining}"));
+    assert_eq!(shows(Phase::Retiring, &status), format!("retiring {draining}"));
+    assert_eq!(shows(Phase::Launching, &status), "launching 12.3 s: ██████████░░░░░░░░░░ 1 of 2 ready");
+    let [old, active, new] = &mut status.generations[..] else { panic!("{status:#?}") };
+    (old.connections, old.deadline_ms) = (None, None);
+    active.state = GenerationState::Standby;
+    new.workers[1].state = WorkerState::Serving;
+    new.state = GenerationState::Launching;
+    assert_eq!(shows(Phase::Launching, &status), "launching 12.3 s: ████████████████████ 2 of 2 ready");
+    assert_eq!(shows(Phase::Baking, &status), "baking 12.3 s: generation 4 stands by with 12 connections");
+    let unsure = shows(Phase::RollingBack, &status);
+    assert_eq!(unsure, "rolling_back 12.3 s: ? connections left on generation 3");
+    status.generations.clear();
+    let gone = shows(Phase::Draining, &status);
+    assert_eq!(gone, "draining 12.3 s: so \\u{1b}[2Jit is");
 }
 
 #[test]

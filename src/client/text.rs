@@ -165,6 +165,26 @@ pub(crate) fn wrap(text: &str, indent: usize) -> String {
     lines
 }
 
+/// `all new connections`, `5.5 % of new connections`; of a share from 0 to 1.
+pub(crate) fn share(share: f64) -> String {
+    if share >= 1.0 {
+        "all new connections".to_owned()
+    } else if share <= 0.0 {
+        "no new connections".to_owned()
+    } else {
+        format!("{} % of new connections", (share * 1_000.0).round() / 10.0)
+    }
+}
+
+/// `312 µs`, `1.2 ms`, `812 ms` and on.
+pub(crate) fn microseconds(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} µs"),
+        1_000..10_000 => format!("{}.{} ms", us / 1_000, us % 1_000 / 100),
+        _ => milliseconds(us / 1_000),
+    }
+}
+
 /// `812 ms`, `1.2 s`, `2m 5s`.
 pub(crate) fn milliseconds(ms: u64) -> String {
     match ms {

@@ -8,7 +8,7 @@ use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
 use toml::Spanned;
 
-use super::command::{has_placeholder, unknown_placeholder};
+use super::command::{EXAMPLE, check_words};
 use super::environment_file::check_variable;
 use super::problems::{FILE_START, Problems};
 use super::schema::{self, Scalar};
@@ -79,45 +79,15 @@ fn command(
     listen: Option<&[Listen]>,
     problems: &mut Problems,
 ) -> Vec<String> {
-    const EXAMPLE: &str =
-        "the program and its arguments, for example command = [\"/srv/web/bin/web\", \"-q\"]";
     let Some(raw) = raw else {
         problems.add("app.command", Some(app), "missing", EXAMPLE);
         return Vec::new();
     };
-    match raw.get_ref().first() {
-        None => problems.add("app.command", Some(raw.span()), "empty", EXAMPLE),
-        Some(program) if program.get_ref().trim().is_empty() => {
-            problems.add("app.command[0]", Some(program.span()), "empty", EXAMPLE);
-        }
-        Some(program) if has_placeholder(program.get_ref()) => {
-            let help = "one executable is pinned for all workers of a generation: use placeholders in arguments only";
-            problems.add("app.command[0]", Some(program.span()), "a placeholder in the program's name", help);
-        }
-        Some(_) => {}
+    if raw.get_ref().is_empty() {
+        problems.add("app.command", Some(raw.span()), "empty", EXAMPLE);
     }
-    for (index, argument) in raw.get_ref().iter().enumerate() {
-        let key = format!("app.command[{index}]");
-        if argument.get_ref().contains('\0') {
-            problems.add(&key, Some(argument.span()), "contains a NUL character", "");
-        }
-        let slip = |listen| Some((listen, unknown_placeholder(argument.get_ref(), listen)?));
-        if let Some((listen, slip)) = listen.and_then(slip) {
-            let help = placeholder_help(slip, listen);
-            problems.add(&key, Some(argument.span()), format!("unknown placeholder {{{slip}}}"), help);
-        }
-    }
+    check_words("app.command", raw.get_ref(), Some(0), listen, problems);
     raw.get_ref().iter().map(|argument| argument.get_ref().clone()).collect()
-}
-
-fn placeholder_help(slip: &str, listen: &[Listen]) -> String {
-    let mut known = vec!["generation".to_owned(), "seat".to_owned()];
-    for listen in listen {
-        known.extend(["address", "host", "port"].map(|what| format!("{what}.{}", listen.name)));
-    }
-    let hint = did_you_mean(slip, known.iter().map(String::as_str));
-    let known = known.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
-    format!("{hint}known: {known}; write {{{{{slip}}}}} to pass {{{slip}}} on as it is")
 }
 
 /// One worker per CPU this process may use, unless said otherwise.

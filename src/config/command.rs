@@ -1,11 +1,19 @@
-//! Placeholders in `app.command`.
+//! The words of `app.command` and `upgrade.check`, with placeholders.
 //!
 //! `{generation}`, `{seat}`, `{address.NAME}`, `{host.NAME}` and `{port.NAME}` are filled in for each worker (NAME is
-//! the name of a `[[listen]]`). Anything else in braces that has the form of a placeholder (lower-case words and
-//! dots: `{sead}`) is a slip and refused; any other brace, as in JSON or shell code, stands for itself. To pass on
-//! the text `{seat}` itself, write `{{seat}}`.
+//! the name of a `[[listen]]`), all but `{seat}` for a check too. Anything else in braces that has the form of a
+//! placeholder (lower-case words and dots: `{sead}`) is a slip and refused; any other brace, as in JSON or shell code,
+//! stands for itself. To pass on the text `{seat}` itself, write `{{seat}}`.
 
+use toml::Spanned;
+
+use super::problems::Problems;
+use super::suggest::did_you_mean;
 use super::{Config, Listen};
+
+/// What a command looks like.
+pub(super) const EXAMPLE: &str =
+    "the program and its arguments, for example [\"/srv/web/bin/web\", \"-q\"]; there is no shell";
 
 /// A piece of an argument.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,38 +25,89 @@ enum Piece<'a> {
 impl Config {
     /// The worker's argv. The first word is the program as written, see [`super::find_executable`].
     pub(crate) fn expand_command(&self, generation: u32, seat: u16) -> Vec<String> {
-        let fill =
-            |name: &str| value(name, &self.listen, generation, seat).unwrap_or_else(|| format!("{{{name}}}"));
-        let expand = |argument: &String| {
-            let pieces = pieces(argument).into_iter().map(|piece| match piece {
-                Piece::Literal(text) => text.to_owned(),
-                Piece::Placeholder(name) => fill(name),
-            });
-            pieces.collect()
-        };
-        self.app.command.iter().map(expand).collect()
+        self.app.command.iter().map(|word| expand(word, &self.listen, generation, Some(seat))).collect()
+    }
+
+    /// The argv of `upgrade.check` for a generation; empty without a check. The first word is the program as written,
+    /// see [`super::find_check`].
+    pub(crate) fn expand_check(&self, generation: u32) -> Vec<String> {
+        self.upgrade.check.iter().map(|word| expand(word, &self.listen, generation, None)).collect()
     }
 }
 
+/// Checks the words of a command; `seat` is some where there is one to fill in, `listen` what placeholders may name,
+/// when that is known.
+pub(super) fn check_words(
+    key: &str,
+    words: &[Spanned<String>],
+    seat: Option<u16>,
+    listen: Option<&[Listen]>,
+    problems: &mut Problems,
+) {
+    for (index, word) in words.iter().enumerate() {
+        let (key, place, word) = (format!("{key}[{index}]"), Some(word.span()), word.get_ref());
+        if index == 0 && word.trim().is_empty() {
+            problems.add(&key, place.clone(), "empty", EXAMPLE);
+        }
+        if index == 0 && has_placeholder(word) {
+            let help = "one program is looked up for a whole generation: use placeholders in arguments only";
+            problems.add(&key, place.clone(), "a placeholder in the program's name", help);
+        }
+        if word.contains('\0') {
+            problems.add(&key, place.clone(), "contains a NUL character", "");
+        }
+        let slip = |listen| Some((listen, unknown_placeholder(word, listen, seat)?));
+        if let Some((listen, slip)) = listen.and_then(slip) {
+            let help = placeholder_help(slip, listen, seat);
+            problems.add(&key, place, format!("unknown placeholder {{{slip}}}"), help);
+        }
+    }
+}
+
+fn placeholder_help(slip: &str, listen: &[Listen], seat: Option<u16>) -> String {
+    let mut known = vec!["generation".to_owned()];
+    known.extend(seat.map(|_| "seat".to_owned()));
+    for listen in listen {
+        known.extend(["address", "host", "port"].map(|what| format!("{what}.{}", listen.name)));
+    }
+    let hint = match slip {
+        // Known elsewhere: no slip of the pen.
+        "seat" => "it is run for all seats together; ".to_owned(),
+        slip => did_you_mean(slip, known.iter().map(String::as_str)),
+    };
+    let known = known.iter().map(|word| format!("{{{word}}}")).collect::<Vec<_>>().join(", ");
+    format!("{hint}known: {known}; write {{{{{slip}}}}} to pass {{{slip}}} on as it is")
+}
+
 /// The first placeholder of an argument that means nothing here.
-pub(super) fn unknown_placeholder<'a>(argument: &'a str, listen: &[Listen]) -> Option<&'a str> {
+fn unknown_placeholder<'a>(argument: &'a str, listen: &[Listen], seat: Option<u16>) -> Option<&'a str> {
     pieces(argument).into_iter().find_map(|piece| match piece {
-        Piece::Placeholder(name) if value(name, listen, 0, 0).is_none() => Some(name),
+        Piece::Placeholder(name) if value(name, listen, 0, seat).is_none() => Some(name),
         _ => None,
     })
 }
 
+/// The argument with what is known filled in.
+fn expand(argument: &str, listen: &[Listen], generation: u32, seat: Option<u16>) -> String {
+    let fill = |name: &str| value(name, listen, generation, seat).unwrap_or_else(|| format!("{{{name}}}"));
+    let pieces = pieces(argument).into_iter().map(|piece| match piece {
+        Piece::Literal(text) => text.to_owned(),
+        Piece::Placeholder(name) => fill(name),
+    });
+    pieces.collect()
+}
+
 /// Whether there is anything to fill in.
-pub(super) fn has_placeholder(argument: &str) -> bool {
+fn has_placeholder(argument: &str) -> bool {
     pieces(argument).iter().any(|piece| matches!(piece, Piece::Placeholder(_)))
 }
 
-fn value(name: &str, listen: &[Listen], generation: u32, seat: u16) -> Option<String> {
+fn value(name: &str, listen: &[Listen], generation: u32, seat: Option<u16>) -> Option<String> {
     let (what, of) = name.split_once('.').unwrap_or((name, ""));
     let address = || listen.iter().find(|listen| listen.name == of).map(|listen| listen.address);
     match (what, of) {
         ("generation", "") => Some(generation.to_string()),
-        ("seat", "") => Some(seat.to_string()),
+        ("seat", "") => seat.map(|seat| seat.to_string()),
         ("address", _) => address().map(|address| address.to_string()),
         ("host", _) => address().map(|address| address.ip().to_string()),
         ("port", _) => address().map(|address| address.port().to_string()),
@@ -109,15 +168,6 @@ mod tests {
         }]
     }
 
-    fn expand(argument: &str) -> String {
-        let fill = |name| value(name, &listen(), 7, 3).unwrap_or_else(|| format!("<{name}?>"));
-        let pieces = pieces(argument).into_iter().map(|piece| match piece {
-            Piece::Literal(text) => text.to_owned(),
-            Piece::Placeholder(name) => fill(name),
-        });
-        pieces.collect()
-    }
-
     #[test]
     fn placeholders_are_filled_in() {
         for (written, filled) in [
@@ -130,7 +180,7 @@ mod tests {
             ("${{home}}", "${home}"),
             ("{{{seat}}}", "{{seat}}"),
         ] {
-            assert_eq!(expand(written), filled, "{written}");
+            assert_eq!(expand(written, &listen(), 7, Some(3)), filled, "{written}");
         }
     }
 
@@ -148,8 +198,8 @@ mod tests {
             "{ seat }",
             "é{ü}",
         ] {
-            assert_eq!(expand(text), text);
-            assert_eq!(unknown_placeholder(text, &listen()), None, "{text}");
+            assert_eq!(expand(text, &listen(), 7, Some(3)), text);
+            assert_eq!(unknown_placeholder(text, &listen(), Some(0)), None, "{text}");
         }
     }
 
@@ -161,7 +211,8 @@ mod tests {
             ("{seat.http}", "seat.http"),
             ("{address}", "address"),
         ] {
-            assert_eq!(unknown_placeholder(text, &listen()), Some(slip));
+            assert_eq!(unknown_placeholder(text, &listen(), Some(0)), Some(slip));
         }
+        assert_eq!(unknown_placeholder("{seat}", &listen(), None), Some("seat"));
     }
 }

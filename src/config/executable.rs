@@ -1,11 +1,11 @@
-//! Which file `app.command[0]` means.
+//! Which file `app.command[0]` means, and `upgrade.check[0]`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
 
-use super::App;
+use super::{App, Config};
 
 /// Where a bare name is looked for when nobody sets `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -28,9 +28,23 @@ pub(crate) fn find_executable(
     app: &App,
     variables: &BTreeMap<String, String>,
 ) -> Result<PathBuf, ExecutableError> {
-    let program = app.command.first().map_or("", String::as_str);
+    find(app, app.command.first().map_or("", String::as_str), variables)
+}
+
+/// Finds the program of `upgrade.check` in the same way; `None` without a check.
+///
+/// # Errors
+/// There is no such file, or it is not one the workers' user can execute.
+pub(crate) fn find_check(
+    config: &Config,
+    variables: &BTreeMap<String, String>,
+) -> Result<Option<PathBuf>, ExecutableError> {
+    config.upgrade.check.first().map(|program| find(&config.app, program, variables)).transpose()
+}
+
+fn find(app: &App, program: &str, variables: &BTreeMap<String, String>) -> Result<PathBuf, ExecutableError> {
     let hint = if program.contains(' ') {
-        "; each word of app.command is a string of its own: there is no shell"
+        "; each word of a command is a string of its own: there is no shell"
     } else {
         ""
     };

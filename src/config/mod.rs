@@ -21,6 +21,7 @@ mod suggest;
 #[cfg(test)]
 mod tests;
 mod unsupported;
+mod upgrade;
 mod values;
 
 use std::collections::BTreeMap;
@@ -34,7 +35,7 @@ use reuseportd_sys::identity::Identity;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::diagnose::ConfigErrors;
-pub(crate) use self::executable::find_executable;
+pub(crate) use self::executable::{find_check, find_executable};
 pub(crate) use self::identity::IdentityError;
 pub(crate) use self::listen::clash;
 pub(crate) use self::socket_path::{own_directory_name, runtime_directory};
@@ -163,8 +164,27 @@ pub(crate) enum ReadinessMethod {
 }
 
 /// `[upgrade]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// A canary or a bake goes together neither with a batch, nor with [`Bind::Master`], nor with [`EngineChoice::None`]; a
+/// batch neither with [`EngineChoice::None`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Upgrade {
+    /// Seats that are replaced at a time, 1 to 1024; `None` is all, and so is a number of [`App::workers`] or more.
+    #[serde(default)]
+    pub(crate) batch: Option<u16>,
+    /// Before the switch, one after the other; the shares grow. Empty: none.
+    #[serde(default)]
+    pub(crate) canary: Vec<CanaryStep>,
+    /// How long after the switch the old generation stays ready; zero is none.
+    #[serde(default)]
+    pub(crate) bake: Duration,
+    /// argv as written, placeholders included; [`Config::expand_check`] fills them in. Empty without a check; with one
+    /// there is a canary or a bake.
+    #[serde(default)]
+    pub(crate) check: Vec<String>,
+    /// From one check to the next, above zero.
+    #[serde(default = "upgrade::default_check_interval")]
+    pub(crate) check_interval: Duration,
     /// From spawn to ready, above zero.
     pub(crate) ready_timeout: Duration,
     /// How long begun handshakes may take; `None` leaves it to the engine. Never longer than `drain_timeout`.
@@ -175,6 +195,15 @@ pub(crate) struct Upgrade {
     pub(crate) drain_timeout: Duration,
     /// Old generations that may drain at the same time, at least 1.
     pub(crate) max_draining: u16,
+}
+
+/// One step of `upgrade.canary`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CanaryStep {
+    /// What the new generation gets of 1000 new connections, 1 to 1000.
+    pub(crate) share: u16,
+    /// For how long, above zero.
+    pub(crate) hold: Duration,
 }
 
 /// When a retired worker gets its stop signal.

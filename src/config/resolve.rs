@@ -6,10 +6,10 @@ use std::time::Duration;
 use toml::Spanned;
 
 use super::problems::Problems;
-use super::schema::{self, Raw, Scalar};
-use super::values::{Refused, parse_mode, parse_share, refused};
+use super::schema::{self, Raw};
+use super::values::{Refused, parse_mode, refused};
 use super::*;
-use super::{app, identity, listen, socket_path, unsupported};
+use super::{app, identity, listen, socket_path, unsupported, upgrade};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -22,7 +22,7 @@ pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, Conf
     let app = app::resolve(path, raw.app.as_ref(), known, &mut problems);
     let steering = steering(&raw.steering, &mut problems);
     let readiness = readiness(&raw.readiness, &mut problems);
-    let upgrade = upgrade(&raw.upgrade, &mut problems);
+    let upgrade = upgrade::resolve(&raw.upgrade, steering.engine, &listen, known, &mut problems);
     let restart = restart(&raw.restart, &mut problems);
     let control = control(&raw.control, &app.name, &mut problems);
     let log = log(&raw.log, &mut problems);
@@ -80,63 +80,6 @@ fn parse_path(text: &str) -> Result<String, Refused> {
 
 /// Longest path of a request.
 const PATH_BYTES_MAX: usize = 1024;
-
-fn upgrade(raw: &schema::Upgrade, problems: &mut Problems) -> Upgrade {
-    check_later_upgrade_keys(raw, problems);
-    let drain_timeout = problems.wait("upgrade.drain_timeout", &raw.drain_timeout, 60 * SECOND);
-    let mut within_drain = |key: &str, value: &Option<Spanned<String>>, default| {
-        let time = problems.duration(key, value, default);
-        if let Some(value) = value.as_ref().filter(|_| time > drain_timeout) {
-            let message = format!("{time:?} is longer than upgrade.drain_timeout ({drain_timeout:?})");
-            problems.add(
-                key,
-                Some(value.span()),
-                message,
-                "workers are killed after drain_timeout: make this shorter, or that longer",
-            );
-        }
-        time
-    };
-    let settle_timeout = within_drain("upgrade.settle_timeout", &raw.settle_timeout, Duration::ZERO);
-    let idle_timeout = within_drain("upgrade.idle_timeout", &raw.idle_timeout, 2 * SECOND);
-    let stop_when = [("auto", StopWhen::Auto), ("drained", StopWhen::Drained), ("idle", StopWhen::Idle)];
-    Upgrade {
-        ready_timeout: problems.wait("upgrade.ready_timeout", &raw.ready_timeout, 60 * SECOND),
-        settle_timeout: raw.settle_timeout.is_some().then_some(settle_timeout),
-        stop_when: problems.choice("upgrade.stop_when", &raw.stop_when, stop_when),
-        idle_timeout,
-        drain_timeout,
-        max_draining: problems.number("upgrade.max_draining", &raw.max_draining, 1..=1024, 4),
-    }
-}
-
-/// Values of keys that `unsupported` refuses: a slip in them is told first, so that the file is right one day.
-fn check_later_upgrade_keys(raw: &schema::Upgrade, problems: &mut Problems) {
-    problems.duration("upgrade.bake", &raw.bake, Duration::ZERO);
-    problems.wait("upgrade.check_interval", &raw.check_interval, SECOND);
-    if let Some(batch) = &raw.batch
-        && !matches!(batch.get_ref(), Scalar::Word(word) if word == "all")
-        && !matches!(batch.get_ref(), Scalar::Number(1..=1024))
-    {
-        let message = format!("{} is not possible", batch.get_ref());
-        problems.add(
-            "upgrade.batch",
-            Some(batch.span()),
-            message,
-            "allowed: \"all\", or a number from 1 to 1024",
-        );
-    }
-    for (index, step) in raw.canary.iter().flat_map(|steps| steps.get_ref()).enumerate() {
-        let (key, step, place) = (format!("upgrade.canary[{index}]"), step.get_ref(), step.span());
-        problems.duration(&format!("{key}.hold"), &step.hold, Duration::ZERO);
-        match &step.share {
-            Some(share) => drop(problems.text(&format!("{key}.share"), share, parse_share)),
-            None => {
-                problems.add(format!("{key}.share"), Some(place), "missing", "for example share = \"5%\"")
-            }
-        }
-    }
-}
 
 fn restart(raw: &schema::Restart, problems: &mut Problems) -> Restart {
     let backoff = problems.wait("restart.backoff", &raw.backoff, SECOND / 10);

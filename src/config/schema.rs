@@ -14,7 +14,7 @@ use toml::Spanned;
 use super::diagnose::ConfigErrors;
 use super::problems::Problems;
 use super::suggest::did_you_mean;
-use super::values::{DURATION_HELP, quoted};
+use super::values::{DURATION_HELP, SHARE_HELP, quoted};
 
 type Maybe<T> = Option<Spanned<T>>;
 type Text = Maybe<String>;
@@ -80,7 +80,7 @@ tables! {
         ready_timeout: Text,
         canary: Maybe<Vec<Spanned<CanaryStep>>>,
         bake: Text,
-        check: Maybe<Vec<String>>,
+        check: Maybe<Vec<Spanned<String>>>,
         check_interval: Text,
         settle_timeout: Text,
         stop_when: Text,
@@ -181,6 +181,7 @@ fn type_help(key: &str) -> &'static str {
         "command" | "check" => {
             "one string per word, for example [\"/srv/web/bin/web\", \"-q\"]; there is no shell"
         }
+        "share" => SHARE_HELP,
         "umask" | "mode" => "a string of octal digits, for example \"027\"",
         "bake" | "hold" | "window" | "cooldown" | "interval" | "check_interval" | "backoff"
         | "backoff_max" | "stable_after" => DURATION_HELP,

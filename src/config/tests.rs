@@ -47,6 +47,10 @@ stop_when = "idle"
 idle_timeout = "4s"
 drain_timeout = "5s"
 max_draining = 6
+canary = [{ share = "0.5%", hold = "1s" }, { share = "12.5%", hold = "2m" }, { share = "100%", hold = "1ms" }]
+bake = "7s"
+check = ["bin/check", "{port.http}", "{generation}", "{{seat}}"]
+check_interval = "8s"
 [restart]
 backoff = "1s"
 backoff_max = "2s"
@@ -89,6 +93,11 @@ fn the_smallest_config_has_the_defaults_of_the_contract() {
     assert_eq!(config.readiness.method, ReadinessMethod::Notify);
     let seconds = Duration::from_secs;
     let upgrade = Upgrade {
+        batch: None,
+        canary: Vec::new(),
+        bake: Duration::ZERO,
+        check: Vec::new(),
+        check_interval: seconds(2),
         ready_timeout: seconds(60),
         settle_timeout: None,
         stop_when: StopWhen::Auto,
@@ -97,6 +106,7 @@ fn the_smallest_config_has_the_defaults_of_the_contract() {
         max_draining: 4,
     };
     assert_eq!(config.upgrade, upgrade);
+    assert!(config.expand_check(1).is_empty());
     let restart = Restart {
         backoff: Duration::from_millis(100),
         backoff_max: seconds(10),
@@ -121,6 +131,11 @@ fn every_key_that_has_a_meaning_now_is_taken() {
     assert_eq!((config.listen.len(), config.listen[0].backlog), (2, 7));
     assert_eq!(config.readiness.method, ReadinessMethod::Listen);
     assert_eq!(config.upgrade.settle_timeout, Some(Duration::from_secs(3)));
+    let step = |share, ms| CanaryStep { share, hold: Duration::from_millis(ms) };
+    assert_eq!(config.upgrade.canary, [step(5, 1000), step(125, 120_000), step(1000, 1)]);
+    assert_eq!(config.upgrade.bake, Duration::from_secs(7));
+    assert_eq!(config.expand_check(9), ["bin/check", "80", "9", "{seat}"]);
+    assert_eq!(config.upgrade.check_interval, Duration::from_secs(8));
     assert_eq!(config.restart.breaker.exits, 4);
     assert_eq!(config.restart.breaker.window, Duration::from_secs(60));
     assert_eq!(config.watchdog, Some(Duration::from_secs(6)));
@@ -153,8 +168,20 @@ fn a_config_survives_the_snapshot() {
     config.app.environment_file = Some(config.path.clone());
     survives(config);
     // What an older master does not know of is absent.
-    let older = survives(load_text(SMALLEST).unwrap()).replace(r#""watchdog":null,"#, "");
-    assert_eq!(serde_json::from_str::<Config>(&older).unwrap().watchdog, None);
+    let smallest = load_text(SMALLEST).unwrap();
+    let mut older = survives(smallest.clone());
+    for later in [
+        r#""watchdog":null,"#,
+        r#""batch":null,"#,
+        r#""canary":[],"#,
+        r#""bake":{"secs":0,"nanos":0},"#,
+        r#""check":[],"#,
+        r#""check_interval":{"secs":2,"nanos":0},"#,
+    ] {
+        assert!(older.contains(later), "{later}: {older}");
+        older = older.replace(later, "");
+    }
+    assert_eq!(serde_json::from_str::<Config>(&older).unwrap(), smallest);
     let wrong = older.replace("SIGTERM", "SIGNONE");
     let said = serde_json::from_str::<Config>(&wrong).unwrap_err().to_string();
     assert!(said.starts_with("signal \"SIGNONE\" is not known to this version"), "{said}");
@@ -167,11 +194,6 @@ const LATER: &[(&str, &str, &str)] = &[
     ("listen", r#"affinity = "none""#, r#"affinity = "flow""#),
     ("listen", r#"flow_timeout = "2m""#, r#"flow_timeout = "1m""#),
     ("steering", r#"policy = "hash""#, r#"policy = "cpu""#),
-    ("upgrade", r#"batch = "all""#, "batch = 1"),
-    ("upgrade", "canary = []", r#"canary = [ { share = "5%", hold = "30s" } ]"#),
-    ("upgrade", r#"bake = "0s""#, r#"bake = "1s""#),
-    ("upgrade", "check = []", r#"check = ["/bin/true"]"#),
-    ("upgrade", r#"check_interval = "2s""#, r#"check_interval = "3s""#),
     ("console", "", r#"listen = "127.0.0.1:9180""#),
     ("log", r#"format = "auto""#, r#"format = "journal""#),
 ];
@@ -192,6 +214,161 @@ fn what_comes_later_is_refused_and_its_default_accepted() {
             "{other}: {said}"
         );
     }
+}
+
+/// The smallest config with lines for `[upgrade]`, the first of which is line 8.
+fn with_upgrade(lines: &str) -> String {
+    format!("{SMALLEST}[upgrade]\n{lines}\n")
+}
+
+const CANARY: &str = r#"canary = [{ share = "5%", hold = "30s" }]"#;
+const BAKE: &str = r#"bake = "1s""#;
+
+#[test]
+fn upgrades_in_parts_are_taken() {
+    for (lines, batch) in [
+        ("", None),
+        (r#"batch = "all""#, None),
+        ("batch = 1", Some(1)),
+        ("batch = 1024", Some(1024)),
+        ("canary = []\nbatch = 2\nbake = \"0s\"", Some(2)),
+        ("check = []\ncheck_interval = \"1ms\"", None),
+    ] {
+        assert_eq!(load_text(&with_upgrade(lines)).unwrap().upgrade.batch, batch, "{lines}");
+    }
+    for lines in [CANARY, BAKE] {
+        let check = "check = [\"/bin/check\"]";
+        assert!(load_text(&with_upgrade(&format!("{lines}\n{check}"))).is_ok(), "{lines}");
+    }
+}
+
+#[test]
+fn what_is_no_batch_or_check_is_refused() {
+    for (lines, says) in [
+        ("batch = 0", ":8:9: upgrade.batch: 0 is not possible"),
+        ("batch = 1025", ":8:9: upgrade.batch: 1025 is not possible"),
+        ("batch = \"1\"", ":8:9: upgrade.batch: \"1\" is not possible"),
+        ("bake = \"-1s\"", ":8:8: upgrade.bake: \"-1s\" is negative"),
+        ("check_interval = \"0s\"", ":8:18: upgrade.check_interval: \"0s\" is no time at all"),
+        ("check = \"curl -f\"", ":8:9: upgrade.check: invalid type: string \"curl -f\", expected an array"),
+    ] {
+        let said = summary(&with_upgrade(lines));
+        assert!(said.ends_with(says), "{lines}: {said}");
+    }
+}
+
+#[test]
+fn what_is_no_canary_is_refused() {
+    for share in ["\"0%\"", "\"0.05%\"", "\"101%\"", "\"-1%\"", "\"5\"", "5", "0.05"] {
+        let text = with_upgrade(&format!("canary = [{{ hold = \"1s\", share = {share} }}]"));
+        let told = load_text(&text).unwrap_err();
+        assert!(told.summary().contains(":8:34: upgrade.canary[0].share: "), "{share}: {}", told.summary());
+        assert!(told.to_string().contains("from \"0.1%\" to \"100%\", in steps of 0.1%"), "{told}");
+    }
+    let steps =
+        |first: &str, second: &str| with_upgrade(&format!("canary = [{{ {first} }},\n{{ {second} }}]"));
+    let good = r#"share = "5%", hold = "1s""#;
+    for (second, says) in [
+        (good, ":9:11: upgrade.canary[1].share: \"5%\" is not more than in the step before"),
+        (
+            r#"share = "4.9%", hold = "1s""#,
+            ":9:11: upgrade.canary[1].share: \"4.9%\" is not more than in the step before",
+        ),
+        (r#"share = "6%", hold = "0s""#, ":9:24: upgrade.canary[1].hold: \"0s\" is no time at all"),
+        (r#"share = "6%""#, ":9:1: upgrade.canary[1].hold: missing"),
+        (r#"hold = "1s""#, ":9:1: upgrade.canary[1].share: missing"),
+        (r#"share = "6%", hodl = "1s""#, ":9:17: upgrade.canary[1].hodl: unknown key `hodl`"),
+    ] {
+        let said = summary(&steps(good, second));
+        assert!(said.ends_with(says), "{second}: {said}");
+    }
+    assert!(load_text(&steps(good, r#"share = "5.1%", hold = "1s""#)).is_ok());
+}
+
+#[test]
+fn the_words_of_a_check_are_those_of_a_command() {
+    for (words, says) in [
+        (r#" "" "#, ":9:11: upgrade.check[0]: empty"),
+        (r#" "/bin/{generation}""#, ":9:11: upgrade.check[0]: a placeholder in the program's name"),
+        (r#""a", "\u0000""#, ":9:15: upgrade.check[1]: contains a NUL character"),
+        (r#""a", "{seat}""#, ":9:15: upgrade.check[1]: unknown placeholder {seat}"),
+        (r#""a", "{port.http}""#, ":9:15: upgrade.check[1]: unknown placeholder {port.http}"),
+    ] {
+        let said = summary(&with_upgrade(&format!("{BAKE}\ncheck = [{words}]")));
+        assert!(said.ends_with(says), "{words}: {said}");
+    }
+    let told = load_text(&with_upgrade(&format!("{BAKE}\ncheck = [\"a\", \"{{seat}}\"]"))).unwrap_err();
+    let told = told.to_string();
+    assert!(told.contains("for all seats together; known: {generation}, {address.default}"), "{told}");
+}
+
+#[test]
+fn the_program_of_a_check_is_found_like_that_of_a_command() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = |check: &str| {
+        let text = with_upgrade(&format!("{BAKE}\ncheck = [\"{check}\"]"));
+        let folder = format!("[app]\nworking_directory = {:?}", directory.path());
+        load_text(&text.replace("[app]", &folder)).unwrap()
+    };
+    let found = |check: &str, path: &str| {
+        let variables = BTreeMap::from([("PATH".to_owned(), path.to_owned())]);
+        find_check(&config(check), &variables).map_err(|error| error.to_string())
+    };
+    let none = load_text(SMALLEST).unwrap();
+    assert_eq!(find_check(&none, &BTreeMap::new()).unwrap(), None);
+    let program = directory.path().join("well");
+    std::fs::write(&program, "").unwrap();
+    assert!(found("./well", "").unwrap_err().contains("not executable"));
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    assert_eq!(found("./well", ""), Ok(Some(program.clone())));
+    assert_eq!(found("well", directory.path().to_str().unwrap()), Ok(Some(program.clone())));
+    assert_eq!(found(program.to_str().unwrap(), ""), Ok(Some(program)));
+    assert!(found("well", "/nonexistent").unwrap_err().contains("in no directory of PATH (/nonexistent)"));
+}
+
+#[test]
+fn upgrade_keys_that_exclude_each_other_are_refused() {
+    let plain = with_upgrade("@");
+    let batch = with_upgrade("batch = 2\n@");
+    let master = plain.replace("[upgrade]", "bind = \"master\"\n[upgrade]");
+    let none = plain.replace("[upgrade]", "[steering]\nengine = \"none\"\n[upgrade]");
+    let check = "check = [\"/bin/check\"]";
+    let seats = "old and new workers share the seat's socket";
+    let either = "nothing to steer back to: use one or the other";
+    let engine = "choose another engine, or leave this out";
+    for (text, line, says, why) in [
+        (
+            &master,
+            CANARY,
+            ":9:10: upgrade.canary: not possible with bind = \"master\" (listen \"default\")",
+            seats,
+        ),
+        (
+            &master,
+            BAKE,
+            ":9:8: upgrade.bake: not possible with bind = \"master\" (listen \"default\")",
+            seats,
+        ),
+        (&batch, CANARY, ":8:9: upgrade.batch: a number is not possible with upgrade.canary", either),
+        (&batch, BAKE, ":8:9: upgrade.batch: a number is not possible with upgrade.bake", either),
+        (&none, CANARY, ":10:10: upgrade.canary: not possible with steering.engine = \"none\"", engine),
+        (&none, BAKE, ":10:8: upgrade.bake: not possible with steering.engine = \"none\"", engine),
+        (&none, "batch = 2", ":10:9: upgrade.batch: not possible with steering.engine = \"none\"", engine),
+        (&plain, check, ":8:9: upgrade.check: would never run", "set upgrade.canary or upgrade.bake"),
+    ] {
+        let told = load_text(&text.replace('@', line)).unwrap_err();
+        assert!(told.summary().ends_with(says), "{line}: {}", told.summary());
+        assert!(told.to_string().contains(why), "{why}: {told}");
+    }
+    // What stands for nothing excludes nothing, and a batch gets along with sockets of seats.
+    for text in [&master, &none] {
+        let idle = "batch = \"all\"\ncanary = []\nbake = \"0s\"\ncheck = []";
+        assert!(load_text(&text.replace('@', idle)).is_ok(), "{text}");
+    }
+    assert!(load_text(&master.replace('@', "batch = 2")).is_ok());
+    // A bake that can't be read is still one: the check is not told to need it.
+    let said = summary(&plain.replace('@', &format!("bake = \"1x\"\n{check}")));
+    assert!(said.ends_with(":8:8: upgrade.bake: \"1x\" is not a duration"), "{said}");
 }
 
 /// The smallest config with lines for `[app]`.

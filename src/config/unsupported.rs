@@ -7,7 +7,7 @@ use std::time::Duration;
 use toml::Spanned;
 
 use super::problems::Problems;
-use super::schema::{Listen, Raw, Scalar};
+use super::schema::{Listen, Raw};
 use super::values::parse_duration;
 
 /// What is said of each.
@@ -18,14 +18,8 @@ type Asked = Option<Range<usize>>;
 
 /// Adds a finding for every key in use whose feature is missing.
 pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
-    let upgrade = &raw.upgrade;
-    let table: [(&str, Asked, &str); 8] = [
+    let table: [(&str, Asked, &str); 3] = [
         ("steering.policy", other_than(&raw.steering.policy, "hash"), "leave it out, or write \"hash\""),
-        ("upgrade.batch", other_word(&upgrade.batch, "all"), "leave it out, or write \"all\""),
-        ("upgrade.canary", not_empty(&upgrade.canary), "leave it out"),
-        ("upgrade.bake", other_time(&upgrade.bake, 0), "leave it out, or write \"0s\""),
-        ("upgrade.check", not_empty(&upgrade.check), "leave it out"),
-        ("upgrade.check_interval", other_time(&upgrade.check_interval, 2000), "leave it out"),
         ("console.listen", set(&raw.console.listen), "leave [console] out"),
         (
             "log.format",
@@ -66,10 +60,6 @@ fn set<T>(value: &Option<Spanned<T>>) -> Asked {
     value.as_ref().map(Spanned::span)
 }
 
-fn not_empty<T>(value: &Option<Spanned<Vec<T>>>) -> Asked {
-    value.as_ref().filter(|list| !list.get_ref().is_empty()).map(Spanned::span)
-}
-
 fn only(value: &Option<Spanned<String>>, word: &str) -> Asked {
     value.as_ref().filter(|value| value.get_ref() == word).map(Spanned::span)
 }
@@ -81,8 +71,4 @@ fn other_than(value: &Option<Spanned<String>>, default: &str) -> Asked {
 fn other_time(value: &Option<Spanned<String>>, default_ms: u64) -> Asked {
     let default = Ok(Duration::from_millis(default_ms));
     value.as_ref().filter(|value| parse_duration(value.get_ref()) != default).map(Spanned::span)
-}
-
-fn other_word(value: &Option<Spanned<Scalar>>, default: &str) -> Asked {
-    value.as_ref().filter(|value| *value.get_ref() != Scalar::Word(default.to_owned())).map(Spanned::span)
 }

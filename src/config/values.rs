@@ -19,6 +19,9 @@ const DURATION_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 /// What is allowed where a duration is asked for.
 pub(super) const DURATION_HELP: &str = "a duration is a string like \"250ms\", \"30s\", \"5m\" or \"1h 30m\"";
 
+/// What is allowed where a share is asked for.
+pub(super) const SHARE_HELP: &str = "a share is a string from \"0.1%\" to \"100%\", in steps of 0.1%";
+
 /// Every limit `setrlimit` knows, by the name systemd and ulimit users expect.
 pub(super) const LIMITS: &[(&str, Resource)] = &[
     ("as", Resource::RLIMIT_AS),
@@ -77,10 +80,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, Refused> {
 
 /// Reads `"5%"` or `"0.1%"` as thousandths, 1 to 1000.
 pub(super) fn parse_share(text: &str) -> Result<u16, Refused> {
-    let no_share = || {
-        let help = "a share is a string from \"0.1%\" to \"100%\", in steps of 0.1%";
-        refused(text, "is not a share", help)
-    };
+    let no_share = || refused(text, "is not a share", SHARE_HELP);
     let number = text.strip_suffix('%').ok_or_else(no_share)?;
     let (whole, tenth) = number.split_once('.').unwrap_or((number, "0"));
     let digits = |part: &str, most: usize| {

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use reuseportd_core::{Event, StopMode, Ticket, Trigger, Wait};
 use reuseportd_sys::socket;
 use reuseportd_wire::control::{self, REQUEST_BYTES_MAX, Reply, Request};
-use reuseportd_wire::status::Phase;
+use reuseportd_wire::status::{Outcome, Phase};
 use serde::{Deserialize, Serialize};
 
 use super::Shell;
@@ -195,6 +195,15 @@ impl Shell {
                     self.inbox.push_back(Event::Hurry);
                 }
             }
+            Ok(
+                Request::Rollback { .. }
+                | Request::Scale { .. }
+                | Request::RestartWorker { .. }
+                | Request::Receipts {},
+            ) => {
+                let message = "not there yet".to_owned();
+                self.clients.reply(number, &Reply::Error { message, code: 1, receipt: None }, true);
+            }
             Ok(Request::Reexec {}) => {
                 self.accepted(number, true);
                 self.inbox.push_back(Event::Reexec { by: Some(Ticket(number)) });
@@ -250,7 +259,7 @@ impl Shell {
             .find(|(number, _)| *number == Some(serial))
             .map(|(_, receipt)| receipt);
         let reply = match receipt {
-            Some(receipt) => Reply::Receipt { receipt: Box::new(receipt.clone()) },
+            Some(receipt) => Reply::Receipt { receipt: Box::new(receipt.clone()), code: u8::from(receipt.outcome != Outcome::Completed) },
             None => {
                 Reply::Error { message: "the receipt is no longer kept".to_owned(), code: 1, receipt: None }
             }

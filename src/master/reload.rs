@@ -107,6 +107,8 @@ impl Shell {
             forced_kills: 0,
             connections_cut: Some(0),
             superseded_by: None,
+            steer_back_us: None,
+            checks_passed: 0,
         };
         self.keep(None, receipt);
         self.upstream.status(&format!("upgrade refused: {reason}"));

@@ -46,6 +46,8 @@ impl Shell {
             active_generation: view.active.map(|generation| generation.0),
             generations: generations.collect(),
             listeners: self.listener_status(),
+            scaled: None,
+            upgrade_waits: false,
             last_upgrade: self.receipts.back().map(|(_, receipt)| receipt.clone()),
         }
     }
@@ -76,6 +78,7 @@ impl Shell {
             share: f64::from(view.share) / 1000.0,
             executable: self.executable(view.generation),
             connections,
+            deadline_ms: None,
             workers: view.workers.iter().map(|worker| self.worker_status(worker, depths)).collect(),
         }
     }

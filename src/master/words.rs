@@ -156,6 +156,8 @@ impl Shell {
             forced_kills: receipt.forced_kills,
             connections_cut: receipt.connections_cut,
             superseded_by: None,
+            steer_back_us: None,
+            checks_passed: 0,
         }
     }
 }

@@ -36,6 +36,7 @@ impl Master {
         for id in lost {
             self.handle_lost(*id);
         }
+        self.check_again();
         // What is known is kept.
         self.on_saved();
         let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
@@ -114,7 +115,11 @@ impl Master {
 
     /// Clients went with the old master.
     fn forget_callers(&mut self) {
-        let waiting = self.generations.values_mut().map(|record| &mut record.waiting);
+        self.generations.values_mut().for_each(|record| record.waiting.clear());
+        let places = self.generations.values_mut().flat_map(|record| &mut record.seats);
+        let waiting = places.map(|place| &mut place.waiting);
+        let waiting = waiting.chain(self.retirements.values_mut().map(|retirement| &mut retirement.waiting));
+        let waiting = waiting.chain(self.scaling.as_mut().map(|scaling| &mut scaling.waiting));
         waiting.chain(self.stopping.as_mut().map(|stopping| &mut stopping.waiting)).for_each(Vec::clear);
         let wish = self.wish.as_mut().map(|wish| &mut wish.waiting);
         let upgrade = self.upgrade.as_mut().map(|upgrade| &mut upgrade.waiting);

@@ -28,7 +28,11 @@ impl Master {
             .collect();
         assert!(active.len() <= 1, "more than one active generation");
         assert_eq!(active.first().copied(), self.active, "the active generation is another");
-        let launching = self.generations.values().filter(|r| r.state == GenerationState::Launching).count();
+        let is_new = |state| matches!(state, GenerationState::Launching | GenerationState::Canary);
+        let launching = self.generations.values().filter(|r| is_new(r.state)).count();
+        let standing_by = self.generations.values().filter(|r| r.state == GenerationState::Standby).count();
+        let is_baking = self.upgrade.as_ref().is_some_and(|upgrade| upgrade.step == UpgradeStep::Baking);
+        assert_eq!(standing_by, usize::from(is_baking), "who stands by while nothing bakes, or the reverse");
         assert!(launching <= usize::from(self.upgrade.is_some()), "a generation launches without an upgrade");
         if let Some(upgrade) = &self.upgrade {
             assert!(upgrade.to.0 <= self.generation_last, "a generation from the future");
@@ -36,7 +40,8 @@ impl Master {
                 assert_eq!(self.active, Some(upgrade.to), "retiring before the switch");
             }
         } else {
-            assert!(self.wish.is_none(), "an upgrade waits for nothing");
+            let waits = self.timers.is_armed(Timer::Wish);
+            assert_eq!(self.wish.is_some(), waits, "an upgrade waits for nothing");
         }
     }
 

@@ -1,6 +1,6 @@
 //! Everything that can be asked for, and everything worth telling.
 
-use crate::event::{Exit, Problem, Trigger};
+use crate::event::{CheckFailure, Exit, Problem, Trigger};
 use crate::id::{Generation, GroupId, ListenerId, Seat, Ticket, WorkerId};
 use crate::receipt::{Phase, Receipt};
 use alloc::vec::Vec;
@@ -136,12 +136,38 @@ pub enum Command {
     },
     /// Tell the service manager.
     Notify(Notice),
-    /// Tell a waiting client how it ended.
+    /// Tell a waiting client that the service has ended.
+    ReplyStopped {
+        /// Whom.
+        to: Ticket,
+    },
+    /// Tell a waiting client how the upgrade ended.
     Reply {
         /// Whom.
         to: Ticket,
-        /// The number of the receipt reported before; `None` for the end of a stop.
-        receipt: Option<u32>,
+        /// The number of the receipt reported before.
+        receipt: u32,
+        /// What it had asked for.
+        asked: Asked,
+    },
+    /// Tell a client that waits for a number of workers, or another worker, how it ended.
+    ReplyDone {
+        /// Whom.
+        to: Ticket,
+        /// Why it is not so.
+        failure: Option<Reason>,
+    },
+    /// Run the check of a generation on trial. Answer: `Checked`.
+    Check {
+        /// Its number.
+        run: u32,
+        /// Whose workers.
+        generation: Generation,
+    },
+    /// It takes too long, or nobody needs its answer any more: kill it.
+    EndCheck {
+        /// Its number.
+        run: u32,
     },
     /// Tell a client that waits for a re-exec how it ended.
     ReplyReexec {
@@ -168,6 +194,17 @@ pub enum Command {
         /// 0 or 1.
         code: u8,
     },
+}
+
+/// What a client that waits for an upgrade had asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Asked {
+    /// This upgrade.
+    This,
+    /// An earlier one, which this one took the place of.
+    Earlier,
+    /// That it be taken back.
+    Back,
 }
 
 /// A range of keys with its part of the new connections.
@@ -244,6 +281,16 @@ pub enum Report {
     WorkerReady(WorkerId),
     /// The upgrade to this generation can't go on, for this reason.
     Failing(Generation, Reason),
+    /// So much of the new connections, of 1000, goes to this generation on trial.
+    Shared(Generation, u16),
+    /// So many seats of this generation serve, and so many shall.
+    Rolled(Generation, u16, u16),
+    /// No new connection goes to this generation any more, so long after its failure.
+    SteeredBack(Generation, Duration),
+    /// The generation has so many seats now.
+    Scaled(Generation, u16),
+    /// Another worker serves on this seat.
+    SeatReplaced(Generation, Seat),
     /// New connections go to this generation only.
     Switched(Generation),
     /// An upgrade ended, or (again) what happened after its end is known.
@@ -308,6 +355,22 @@ pub enum Reason {
     Stuck(Seat, WorkerId),
     /// The kernel refused to steer this group.
     SteerFailed(GroupId, i32),
+    /// It ended while its generation was on trial.
+    Crashed(Seat, WorkerId, Exit),
+    /// The check of the generation on trial did not pass.
+    CheckFailed(CheckFailure),
+    /// The canary's accept queues in this group grow beyond its siblings'.
+    QueueGrows(GroupId),
+    /// Somebody asked for it.
+    TakenBack,
+    /// It is too late to take the generation back: the one before has begun to leave.
+    TooLate,
+    /// Not while an upgrade is under way.
+    Busy,
+    /// There is no such seat; there are so many.
+    NoSuchSeat(Seat, u16),
+    /// A later wish was for another number of workers, or another config came.
+    Overtaken,
     /// The master was told to stop.
     Stopped,
 }

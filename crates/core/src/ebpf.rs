@@ -2,6 +2,7 @@
 //! closing listener leaves is moved by the kernel.
 
 use crate::command::{Command, Range};
+use crate::generation::GenerationState;
 use crate::group::{After, InForce, Listener, Work};
 use crate::id::{Generation, GroupId, ListenerId};
 use crate::master::{ANCHOR_PERIOD, Master};
@@ -20,20 +21,22 @@ impl Master {
         let target = self.groups.get(&id).map(|group| group.target.clone()).unwrap_or_default();
         let mut ranges = Vec::new();
         for (generation, weight) in &target {
-            let eligible = self.eligible(id, *generation);
-            let Some(keys) = self.keys_for(id, *generation, &eligible) else {
+            let Some(keys) = self.admit_all(id, *generation) else {
                 self.refused(id, ENOSPC);
                 return;
             };
-            for listener in eligible {
-                self.admit(listener, keys);
-            }
+            let (first, end) = self.seats_in_use(*generation);
             ranges.push(Range {
                 generation: *generation,
                 weight: *weight,
-                base: keys.base,
-                count: keys.count,
+                base: keys.base + u32::from(first) * keys.stride,
+                count: u32::from(end - first) * keys.stride,
             });
+        }
+        // The way back is to be one write, too.
+        let on_standby = self.generations.iter().filter(|(_, r)| r.state == GenerationState::Standby);
+        for generation in on_standby.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.admit_all(id, generation);
         }
         let Some(group) = self.groups.get_mut(&id) else { return };
         if group.admitting > 0 {
@@ -50,6 +53,16 @@ impl Master {
         } else {
             self.tidy_keys(id);
         }
+    }
+
+    /// Puts all listeners of a generation that serve under its keys; `None` if there are not enough of them.
+    fn admit_all(&mut self, id: GroupId, generation: Generation) -> Option<KeyRange> {
+        let eligible = self.eligible(id, generation);
+        let keys = self.keys_for(id, generation, &eligible)?;
+        for listener in eligible {
+            self.admit(listener, keys);
+        }
+        Some(keys)
     }
 
     /// The kernel does what is wanted: whatever that makes superfluous goes.
@@ -83,7 +96,8 @@ impl Master {
             stride = stride.max(u32::try_from(of_worker).ok()?);
         }
         let keys = &mut self.groups.get_mut(&id)?.keys;
-        keys.of(generation).or_else(|| keys.give(generation, seats, stride))
+        let keys = keys.of(generation).or_else(|| keys.give(generation, seats, stride))?;
+        (seats * keys.stride <= keys.count).then_some(keys)
     }
 
     /// Puts a listener under a key of its seat. A dead predecessor's key is taken over, which ends its being chosen.
@@ -97,7 +111,7 @@ impl Master {
         let mut of_seat = first..first + keys.stride;
         let is_free = |key: &u32| {
             let holds = |l: &Listener| l.group == group && l.key == Some(*key) && !l.leaving && !l.gone;
-            !self.listeners.values().any(|l| holds(l) && self.is_accepted_from(l))
+            !self.listeners.values().any(|l| holds(l) && self.is_accepted_from(l) && !self.retires(l))
         };
         // A respawn with more listeners than its seat has keys keeps the surplus unchosen, which loses nothing.
         let Some(key) = of_seat.find(is_free) else { return };
@@ -131,12 +145,15 @@ impl Master {
         self.choosable(id).iter().any(is_under_key)
     }
 
-    /// Takes listeners that nobody accepts from out of the array, as long as somebody else can be chosen.
+    /// Takes listeners that nobody accepts from, or shall get any more, out of the array, as long as somebody else can be chosen.
     fn evict_dead(&mut self, id: GroupId) {
         if !self.has_key(id) {
             return;
         }
-        let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l));
+        let Some(group) = self.groups.get(&id) else { return };
+        // Of a generation that is not chosen at all the keys may stay.
+        let is_away = |l: &Listener| group.wants(l.generation) && self.retires(l);
+        let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l) || is_away(l));
         let dead: Vec<ListenerId> =
             self.listeners.iter().filter(|(_, l)| dead(l)).map(|(id, _)| *id).collect();
         for listener in dead {
@@ -144,6 +161,11 @@ impl Master {
                 self.push(Command::Evict { group: id, key });
             }
         }
+    }
+
+    /// Its worker is on its way out.
+    fn retires(&self, listener: &Listener) -> bool {
+        self.workers.get(&listener.worker).is_some_and(|worker| worker.state.is_retiring())
     }
 
     /// Its worker lives. The socket of a seat may be back with one that is still starting.
@@ -186,7 +208,8 @@ impl Master {
             self.workers.get(&l.worker).is_some_and(|worker| worker.state == WorkerState::Serving)
         };
         let is_spare = |id: &ListenerId, l: &Listener| {
-            l.handle && l.listens && !l.leaving && serves(l) && Some(*id) != anchor
+            // Without a key it may still need one: then the handle is what it is admitted by.
+            l.handle && l.listens && !l.leaving && serves(l) && l.key.is_some() && Some(*id) != anchor
         };
         let of_group = self.listeners.iter().filter(|(_, l)| l.group == id);
         let spare: Vec<ListenerId> = of_group.filter(|(id, l)| is_spare(id, l)).map(|(id, _)| *id).collect();

@@ -1,6 +1,6 @@
 //! Everything that can happen.
 
-use crate::id::{Generation, GroupId, ListenerId, Ticket, WorkerId};
+use crate::id::{Generation, GroupId, ListenerId, Seat, Ticket, WorkerId};
 use crate::plan::Plan;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -18,6 +18,11 @@ pub enum Event {
         /// The client that waits for the outcome, and for which part of it.
         by: Option<(Ticket, Wait)>,
     },
+    /// The generation that is launched or on trial shall not be: the one before serves on.
+    TakeBack {
+        /// The client that waits for the outcome.
+        by: Option<Ticket>,
+    },
     /// The upgrade that waits for a place among the draining shall not: the oldest of them ends now.
     Hurry,
     /// A stop was asked for.
@@ -25,6 +30,20 @@ pub enum Event {
         /// How.
         mode: StopMode,
         /// The client that waits.
+        by: Option<Ticket>,
+    },
+    /// So many workers from now on, until the config changes.
+    Scale {
+        /// How many.
+        to: Number,
+        /// The client that waits until it is so.
+        by: Option<Ticket>,
+    },
+    /// Another worker for this seat.
+    Replace {
+        /// Which.
+        seat: Seat,
+        /// The client that waits until it is so.
         by: Option<Ticket>,
     },
 
@@ -156,6 +175,13 @@ pub enum Event {
         /// What is known by now.
         verdict: Verdict,
     },
+    /// Answer to `Check`.
+    Checked {
+        /// Which.
+        run: u32,
+        /// `None`: it passed.
+        failure: Option<CheckFailure>,
+    },
     /// Answer to `Listen`.
     Listening {
         /// Which.
@@ -223,6 +249,8 @@ pub enum Trigger {
     Signal,
     /// A control client.
     Command,
+    /// A control client that wants the previous generation back.
+    Rollback,
     /// Workers without a master were found.
     Orphans,
 }
@@ -234,6 +262,28 @@ pub enum Wait {
     Retired,
     /// Until its workers are gone too.
     Drained,
+}
+
+/// How many workers are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Number {
+    /// So many, at least 1.
+    Exactly(u16),
+    /// One more.
+    More,
+    /// One fewer.
+    Fewer,
+}
+
+/// Why a check did not pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CheckFailure {
+    /// It ended like this.
+    Ended(Exit),
+    /// It could not be started.
+    NotStarted(i32),
+    /// It took too long.
+    Late,
 }
 
 /// How to stop.

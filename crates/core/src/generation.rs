@@ -1,10 +1,12 @@
 //! One generation: a plan and its seats.
 
+use crate::command::Asked;
 use crate::event::Wait;
 use crate::id::{Generation, GroupId, Ticket, Time, WorkerId};
 use crate::plan::Plan;
 use crate::receipt::Receipt;
 use crate::restart::Backoff;
+use crate::trial::Trial;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -15,8 +17,12 @@ use serde::{Deserialize, Serialize};
 pub enum GenerationState {
     /// Starting; gets no connection.
     Launching,
+    /// A part of the new connections goes to it.
+    Canary,
     /// New connections go to it.
     Active,
+    /// None goes to it, but all may again at any time.
+    Standby,
     /// Steered away from; its listeners are emptied and leave.
     Retiring,
     /// Its listeners are gone, its workers finish their connections.
@@ -31,11 +37,26 @@ pub(crate) struct SeatRecord {
     pub(crate) filled: Time,
     pub(crate) restarts: u32,
     pub(crate) backoff: Backoff,
+    /// Takes the place of the worker as soon as it serves.
+    #[serde(default)]
+    pub(crate) next: Option<WorkerId>,
+    /// Clients that wait for that.
+    #[serde(default)]
+    pub(crate) waiting: Vec<Ticket>,
+    /// One of the next generation serves in its place.
+    #[serde(default)]
+    pub(crate) is_given_up: bool,
 }
 
-/// How far the retirement of a generation is.
+/// Workers of one generation on their way out together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Retirement {
+    pub(crate) generation: Generation,
+    /// The generation goes, and not only some of its workers.
+    pub(crate) is_whole: bool,
+    pub(crate) workers: BTreeSet<WorkerId>,
+    /// Clients that wait until their listeners are gone.
+    pub(crate) waiting: Vec<Ticket>,
     /// The switch, or the stop.
     pub(crate) since: Time,
     pub(crate) step: RetireStep,
@@ -44,7 +65,7 @@ pub(crate) struct Retirement {
     pub(crate) looking: BTreeSet<GroupId>,
 }
 
-/// The steps that the whole generation takes together.
+/// The steps that all of them take together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum RetireStep {
     /// The first look: what waited at the switch.
@@ -63,23 +84,33 @@ pub(crate) struct GenerationRecord {
     pub(crate) plan: Plan,
     pub(crate) state: GenerationState,
     pub(crate) seats: Vec<SeatRecord>,
-    pub(crate) retirement: Option<Retirement>,
     /// The receipt of the upgrade that replaces this generation, kept open until its workers are gone.
     pub(crate) receipt: Option<Receipt>,
     /// Clients that wait until its workers are gone.
-    pub(crate) waiting: Vec<Ticket>,
+    pub(crate) waiting: Vec<Caller>,
     /// When draining began.
     pub(crate) draining_since: Option<Time>,
 }
 
+impl SeatRecord {
+    /// Nobody sits on it, or will soon, though somebody should.
+    pub(crate) fn is_vacant(&self) -> bool {
+        self.worker.is_none() && self.next.is_none() && !self.is_given_up
+    }
+}
+
 impl GenerationRecord {
+    /// Its seats are to be filled: connections go to it, or may again.
+    pub(crate) fn serves(&self) -> bool {
+        matches!(self.state, GenerationState::Active | GenerationState::Standby)
+    }
+
     pub(crate) fn new(plan: Plan) -> GenerationRecord {
         let seats = (0..plan.workers).map(|_| SeatRecord::default()).collect();
         GenerationRecord {
             plan,
             state: GenerationState::Launching,
             seats,
-            retirement: None,
             receipt: None,
             waiting: Vec::new(),
             draining_since: None,
@@ -95,7 +126,40 @@ pub(crate) struct Upgrade {
     pub(crate) step: UpgradeStep,
     pub(crate) phase_since: Time,
     pub(crate) receipt: Receipt,
-    pub(crate) waiting: Vec<(Ticket, Wait)>,
+    pub(crate) waiting: Vec<Caller>,
+    /// Seats of the new generation that have been filled.
+    #[serde(default)]
+    pub(crate) launched: u16,
+    /// Old workers that were replaced batch by batch, as long as they are there.
+    #[serde(default)]
+    pub(crate) batches: Vec<BTreeSet<WorkerId>>,
+    /// Steps of the canary that have begun.
+    #[serde(default)]
+    pub(crate) shares: u16,
+    #[serde(default)]
+    pub(crate) trial: Option<Trial>,
+    /// Since then the kernel is being told that no new connection goes to the new generation.
+    #[serde(default)]
+    pub(crate) steering_back: Option<Time>,
+}
+
+/// A client that waits for the end of an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Caller {
+    pub(crate) ticket: Ticket,
+    pub(crate) wait: Wait,
+    pub(crate) asked: Asked,
+}
+
+/// What new connections are steered for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Goal {
+    /// The next step of the canary.
+    Share,
+    /// A batch.
+    Batch,
+    /// The switch.
+    All,
 }
 
 /// Where the upgrade is.
@@ -108,9 +172,17 @@ pub(crate) enum UpgradeStep {
     /// Ready sockets are being listened on.
     Joining,
     /// Groups that are not steered yet.
-    Steering(BTreeSet<GroupId>),
+    Steering(Goal, BTreeSet<GroupId>),
+    /// The new generation has a share of the new connections.
+    Canary,
+    /// It has them all, and the old one stands by.
+    Baking,
+    /// The old workers of a batch leave.
+    Replacing,
     /// The old generation's listeners leave.
     Retiring,
+    /// The old workers that were replaced are launched again.
+    Restoring,
     /// The new generation is taken back.
     RollingBack,
 }
@@ -120,5 +192,5 @@ pub(crate) enum UpgradeStep {
 pub(crate) struct Wish {
     pub(crate) plan: Plan,
     pub(crate) trigger: crate::event::Trigger,
-    pub(crate) waiting: Vec<(Ticket, Wait)>,
+    pub(crate) waiting: Vec<Caller>,
 }

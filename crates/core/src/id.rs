@@ -50,6 +50,10 @@ identity! {
     ListenerId(u32)
 }
 identity! {
+    /// Workers that are on their way out together.
+    RetirementId(u32)
+}
+identity! {
     /// A control client that waits for an answer.
     Ticket(u32)
 }

@@ -1,10 +1,12 @@
 //! The keeper: a process that holds descriptors and snapshot for the next master. It must always be there.
 
 use crate::command::Command;
+use crate::generation::GenerationRecord;
 use crate::id::Time;
 use crate::master::Master;
 use crate::timers::Timer;
 use crate::worker::WorkerState;
+use alloc::vec::Vec;
 use core::time::Duration;
 use serde::{Deserialize, Serialize};
 
@@ -33,14 +35,12 @@ impl Master {
 
     pub(crate) fn on_saved(&mut self) {
         self.saving = false;
-        let Some(active) = self.active else { return };
-        for id in self.workers_of(active) {
-            if let Some(seat) =
-                self.workers.get(&id).filter(|w| w.state == WorkerState::Ready).map(|w| w.seat)
-            {
-                self.take_seat(active, seat);
-                self.join(id, false);
-            }
+        let serves = |generation| self.generations.get(&generation).is_some_and(GenerationRecord::serves);
+        let ready =
+            self.workers.iter().filter(|(_, w)| w.state == WorkerState::Ready && serves(w.generation));
+        for (id, generation, seat) in ready.map(|(id, w)| (*id, w.generation, w.seat)).collect::<Vec<_>>() {
+            self.take_seat(generation, seat);
+            self.join(id, false);
         }
     }
 

@@ -18,6 +18,7 @@ mod check;
 mod command;
 mod ebpf;
 mod event;
+mod fail;
 mod generation;
 mod group;
 mod id;
@@ -25,11 +26,14 @@ mod keeper;
 mod launch;
 mod master;
 mod plan;
+mod queue;
 mod ready;
 mod receipt;
 mod reexec;
 mod restart;
 mod retire;
+mod roll;
+mod scale;
 mod seats;
 mod settle;
 mod slots;
@@ -38,15 +42,20 @@ mod steer;
 mod stop;
 mod supervise;
 mod timers;
+mod trial;
 mod watchdog;
 mod worker;
 
-pub use command::{Command, Notice, Order, Range, Reason, Report, Share, Signal};
-pub use event::{Depth, Event, Exit, Found, GroupView, Member, Problem, StopMode, Trigger, Verdict, Wait};
+pub use command::{Asked, Command, Notice, Order, Range, Reason, Report, Share, Signal};
+pub use event::{
+    CheckFailure, Depth, Event, Exit, Found, GroupView, Member, Number, Problem, StopMode, Trigger, Verdict,
+    Wait,
+};
 pub use generation::GenerationState;
-pub use id::{Generation, GroupId, ListenerId, Seat, Ticket, Time, WorkerId};
+pub use id::{Generation, GroupId, ListenerId, RetirementId, Seat, Ticket, Time, WorkerId};
 pub use master::{Master, MasterState};
-pub use plan::{Breaker, Engine, Plan, Readiness, StopWhen};
+pub use plan::{Breaker, CanaryStep, Engine, Plan, Readiness, StopWhen};
+pub use queue::Before;
 pub use receipt::{Outcome, Phase, PhaseTime, Receipt, ReceiptListener};
 pub use status::{GenerationView, ListenerView, StatusView, WorkerView};
 pub use worker::{WorkerKind, WorkerState};

@@ -2,13 +2,14 @@
 
 use crate::command::{Command, Notice, Report};
 use crate::event::{Event, StopMode};
-use crate::generation::{GenerationRecord, GenerationState, Upgrade, UpgradeStep, Wish};
+use crate::generation::{GenerationRecord, GenerationState, Goal, Retirement, Upgrade, UpgradeStep, Wish};
 use crate::group::{Group, Listener};
-use crate::id::{Generation, GroupId, ListenerId, Ticket, Time, WorkerId};
+use crate::id::{Generation, GroupId, ListenerId, RetirementId, Ticket, Time, WorkerId};
 use crate::keeper::KeeperWatch;
 use crate::plan::Engine;
 use crate::reexec::Reexec;
 use crate::restart::Exits;
+use crate::scale::Scaling;
 use crate::timers::{Timer, Timers};
 use crate::worker::Worker;
 use alloc::collections::{BTreeMap, VecDeque};
@@ -25,6 +26,10 @@ pub enum MasterState {
     Steady,
     /// A new generation starts.
     Launching,
+    /// A share of the new connections goes to it.
+    Canary,
+    /// They all do, and the old generation stands by.
+    Baking,
     /// The old generation's listeners leave.
     Retiring,
     /// The new generation is taken back.
@@ -56,6 +61,17 @@ pub struct Master {
     pub(crate) active: Option<Generation>,
     pub(crate) upgrade: Option<Upgrade>,
     pub(crate) wish: Option<Wish>,
+    /// When the last upgrade began.
+    #[serde(default)]
+    pub(crate) upgrade_begun: Time,
+    /// What served before the active generation.
+    #[serde(default)]
+    pub(crate) previous: Option<Generation>,
+    /// A number of workers there are to be, until there are.
+    #[serde(default)]
+    pub(crate) scaling: Option<Scaling>,
+    #[serde(default)]
+    pub(crate) retirements: BTreeMap<RetirementId, Retirement>,
     pub(crate) stopping: Option<Stopping>,
     pub(crate) reexec: Option<Reexec>,
     pub(crate) keeper: KeeperWatch,
@@ -68,6 +84,10 @@ pub struct Master {
     pub(crate) generation_last: u32,
     pub(crate) worker_last: u32,
     pub(crate) receipt_last: u32,
+    #[serde(default)]
+    pub(crate) retirement_last: u32,
+    #[serde(default)]
+    pub(crate) check_last: u32,
     pub(crate) is_ended: bool,
     #[serde(skip)]
     pub(crate) commands: VecDeque<Command>,
@@ -90,6 +110,10 @@ impl Master {
             active: None,
             upgrade: None,
             wish: None,
+            upgrade_begun: Time(0),
+            previous: None,
+            scaling: None,
+            retirements: BTreeMap::new(),
             stopping: None,
             reexec: None,
             keeper: KeeperWatch::default(),
@@ -100,6 +124,8 @@ impl Master {
             generation_last: 0,
             worker_last: 0,
             receipt_last: 0,
+            retirement_last: 0,
+            check_last: 0,
             is_ended: false,
             commands: VecDeque::new(),
         }
@@ -114,7 +140,10 @@ impl Master {
         }
         match event {
             Event::Upgrade { plan, trigger, by } => self.on_upgrade(plan, trigger, by),
+            Event::TakeBack { by } => self.on_take_back(by),
             Event::Hurry => self.on_hurry(),
+            Event::Scale { to, by } => self.on_scale(to, by),
+            Event::Replace { seat, by } => self.on_replace(seat, by),
             Event::Stop { mode, by } => self.on_stop(mode, by),
             Event::Reexec { by } => self.on_reexec(by),
             Event::Preflighted { readable } => self.on_preflighted(readable),
@@ -140,6 +169,7 @@ impl Master {
             Event::Taken { listener, count } => self.on_taken(listener, count),
             Event::Found { worker, found } => self.on_found(worker, found),
             Event::Proved { worker, verdict } => self.on_proved(worker, verdict),
+            Event::Checked { run, failure } => self.on_checked(run, failure),
             Event::Listening { listener, result } => self.on_listening(listener, result),
             Event::Steered { group, result } => self.on_steered(group, result),
             Event::Admitted { listener, result } => self.on_admitted(listener, result),
@@ -166,10 +196,9 @@ impl Master {
     /// Does everything that has become possible, until nothing more is.
     fn advance(&mut self) {
         self.advance_launch();
-        let groups: Vec<GroupId> = self.groups.keys().copied().collect();
-        for group in groups {
-            self.pump(group);
-        }
+        self.advance_scaling();
+        self.advance_seats();
+        self.pump_all();
         // A group that had to be steered first may turn out to have nobody to be steered to.
         self.advance_launch();
         self.advance_upgrade();
@@ -186,7 +215,7 @@ impl Master {
                 Timer::Remains(worker) => self.look_at_remains(worker),
                 Timer::Respawn(generation, seat) => self.respawn(generation, seat),
                 Timer::Breaker => self.close_breaker(),
-                Timer::Retire(generation) => self.look_at_retirement(generation),
+                Timer::Retire(retirement) => self.look_at_retirement(retirement),
                 Timer::Group(group) => self.retry_group(group),
                 Timer::Settle(group) => self.look_at_handshakes(group),
                 Timer::Anchors => self.look_at_anchors(),
@@ -194,14 +223,19 @@ impl Master {
                 Timer::Beat => self.beat(),
                 Timer::Preflight => self.on_preflight_timeout(),
                 Timer::Keeper => self.start_keeper(),
+                Timer::Wish => self.begin_wish(),
+                Timer::Hold => self.on_hold_over(),
+                Timer::Check => self.run_check(),
+                Timer::CheckLimit => self.on_check_late(),
+                Timer::Compare => self.look_at_queues(),
             }
         }
     }
 
-    /// Whether an upgrade is under way, so that a further one has to wait.
+    /// Whether an upgrade is under way, or waits.
     #[must_use]
     pub fn has_upgrade(&self) -> bool {
-        self.upgrade.is_some()
+        self.upgrade.is_some() || self.wish.is_some()
     }
 
     /// Where the master is, as `status` says it.
@@ -211,14 +245,16 @@ impl Master {
             return MasterState::Stopping;
         }
         match self.upgrade.as_ref().map(|upgrade| (&upgrade.step, upgrade.from)) {
-            Some((UpgradeStep::RollingBack, _)) => MasterState::RollingBack,
-            Some((UpgradeStep::Retiring, _)) => MasterState::Retiring,
+            Some((UpgradeStep::RollingBack | UpgradeStep::Restoring, _)) => MasterState::RollingBack,
+            Some((UpgradeStep::Retiring | UpgradeStep::Replacing, _)) => MasterState::Retiring,
+            Some((UpgradeStep::Baking, _)) => MasterState::Baking,
+            Some((UpgradeStep::Canary | UpgradeStep::Steering(Goal::Share, _), _)) => MasterState::Canary,
             Some((_, None)) => MasterState::Starting,
             Some((
                 UpgradeStep::Queued
                 | UpgradeStep::Launching
                 | UpgradeStep::Joining
-                | UpgradeStep::Steering(_),
+                | UpgradeStep::Steering(..),
                 Some(_),
             )) => MasterState::Launching,
             None if self.timers.is_armed(Timer::Breaker) => MasterState::Degraded,
@@ -249,8 +285,10 @@ impl Master {
         self.listeners.iter().filter(|(_, listener)| listener.worker == worker).map(|(id, _)| *id).collect()
     }
 
-    /// Old generations whose workers are still finishing their connections.
+    /// Old generations, and batches of one, whose workers are still finishing their connections.
     pub(crate) fn draining(&self) -> usize {
-        self.generations.values().filter(|record| record.state == GenerationState::Draining).count()
+        let of_generations =
+            self.generations.values().filter(|record| record.state == GenerationState::Draining).count();
+        of_generations + self.draining_batches()
     }
 }

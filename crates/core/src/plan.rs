@@ -49,11 +49,26 @@ pub struct Breaker {
     pub cooldown: Duration,
 }
 
+/// A step of a canary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CanaryStep {
+    /// The new generation's part of the new connections, 1 to 1000.
+    pub share: u16,
+    /// How long it has to do well with that.
+    pub hold: Duration,
+}
+
 /// What the decisions about one generation need to know. The command line and the executable stay with the shell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
+    /// Names the config: the same for generations of equal configs.
+    #[serde(default)]
+    pub config: u64,
     /// Seats of the generation, at least 1.
     pub workers: u16,
+    /// Seats the config says.
+    #[serde(default)]
+    pub configured: u16,
     /// The groups every worker has to listen in.
     pub groups: Vec<GroupId>,
     /// Those of them whose sockets the master makes: one for each seat, handed to its workers one after the other.
@@ -76,6 +91,18 @@ pub struct Plan {
     pub drain_timeout: Duration,
     /// Old generations that may drain at once.
     pub max_draining: u16,
+    /// So many seats are replaced at a time; `None`: all at once.
+    #[serde(default)]
+    pub batch: Option<u16>,
+    /// Shares of the new connections, ascending, before the switch.
+    #[serde(default)]
+    pub canary: Vec<CanaryStep>,
+    /// How long the old generation stands by after the switch.
+    #[serde(default)]
+    pub bake: Duration,
+    /// The pause between two checks of a generation on trial; `None` if there is nothing to check with.
+    #[serde(default)]
+    pub check_interval: Option<Duration>,
     /// A ready worker that gives no sign of life for so long is killed.
     #[serde(default)]
     pub watchdog: Option<Duration>,

@@ -2,7 +2,7 @@
 
 use crate::command::{Reason, Report};
 use crate::event::Trigger;
-use crate::id::{Generation, GroupId, ListenerId, Time};
+use crate::id::{Generation, GroupId, ListenerId, RetirementId, Time};
 use crate::master::Master;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -24,8 +24,12 @@ pub enum Outcome {
 pub enum Phase {
     /// The new generation starts beside the old one.
     Launching,
+    /// A share of the new connections goes to it.
+    Canary,
     /// New connections are moved.
     Steering,
+    /// The old generation stands by.
+    Baking,
     /// The old generation's listeners are emptied and leave.
     Retiring,
     /// The new generation is taken back.
@@ -109,8 +113,33 @@ pub struct Receipt {
     pub forced_kills: u32,
     /// Open connections of those; `None` if one could not be counted.
     pub connections_cut: Option<u32>,
+    /// From the failure of a generation on trial until no new connection went to it any more.
+    #[serde(default)]
+    pub steer_back: Option<Duration>,
+    /// Checks that passed.
+    #[serde(default)]
+    pub checks: u32,
     /// All old workers are gone: nothing will be added any more.
     pub is_final: bool,
+}
+
+/// Nothing yet, a number, or what can't be known any more.
+fn add(sum: &mut Option<u32>, more: Option<u32>) {
+    *sum = match (*sum, more) {
+        (Some(sum), Some(more)) => Some(sum.saturating_add(more)),
+        (None, more) => more,
+        (Some(_), None) => None,
+    };
+}
+
+impl Receipt {
+    /// One that is entered several times, as by each batch, is one phase.
+    pub(crate) fn add_phase(&mut self, phase: Phase, took: Duration) {
+        match self.phases.iter_mut().find(|known| known.phase == phase) {
+            Some(known) => known.took += took,
+            None => self.phases.push(PhaseTime { phase, took }),
+        }
+    }
 }
 
 impl Master {
@@ -132,21 +161,26 @@ impl Master {
         self.receipt_of(generation)?.listeners.iter_mut().find(|listener| listener.group == group)
     }
 
-    /// The first look after the switch.
-    pub(crate) fn note_switch(&mut self, generation: Generation) {
+    /// The first look after these workers were steered away from.
+    pub(crate) fn note_switch(&mut self, id: RetirementId) {
+        let Some(retirement) = self.retirements.get(&id) else { return };
+        let (generation, workers) = (retirement.generation, retirement.workers.clone());
         let groups: Vec<GroupId> = self.groups.keys().copied().collect();
         for group in groups {
-            let of_old =
-                self.listeners.values().filter(|l| l.group == group && l.generation == generation && !l.gone);
+            let of_old = self
+                .listeners
+                .values()
+                .filter(|l| l.group == group && workers.contains(&l.worker) && !l.gone);
             let depths: Vec<_> = of_old.map(|listener| listener.depth).collect();
             let queued = depths.iter().map(|depth| depth.map(|depth| depth.queued)).sum::<Option<u32>>();
             let drops = depths.iter().map(|depth| depth.and_then(|depth| depth.drops)).sum::<Option<u32>>();
             let half_open =
                 self.groups.get(&group).map(|group| u32::try_from(group.half_open.len()).unwrap_or(u32::MAX));
             if let Some(listener) = self.receipt_listener(generation, group) {
-                listener.queued_at_switch = queued;
-                listener.half_open_at_switch = half_open;
-                listener.listen_drops = drops;
+                // Of several batches each has its own switch.
+                add(&mut listener.queued_at_switch, queued);
+                add(&mut listener.half_open_at_switch, half_open);
+                add(&mut listener.listen_drops, drops);
             }
         }
     }

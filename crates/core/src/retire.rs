@@ -5,10 +5,10 @@ use crate::command::{Command, Order, Reason, Report, Signal};
 use crate::event::Problem;
 use crate::generation::{GenerationState, RetireStep, Retirement};
 use crate::group::Group;
-use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
+use crate::id::{Generation, GroupId, ListenerId, RetirementId, Seat, Ticket, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, StopWhen};
-use crate::receipt::{Phase, PhaseTime};
+use crate::receipt::Phase;
 use crate::timers::Timer;
 use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerKind, WorkerState};
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -26,35 +26,81 @@ impl Master {
     pub(crate) fn retire(&mut self, generation: Generation) {
         let Some(record) = self.generations.get_mut(&generation) else { return };
         record.state = GenerationState::Retiring;
-        let (kill_at, seats) = (self.now.after(record.plan.drain_timeout), record.plan.workers);
-        for seat in 0..seats {
+        for seat in 0..record.plan.workers {
             self.timers.disarm(Timer::Respawn(generation, Seat(seat)));
         }
-        for worker in self.workers_of(generation) {
-            match self.workers.get_mut(&worker).map(|worker| &mut worker.state) {
+        let failure = self.stopping.as_ref().map(|_| Reason::Stopped);
+        self.answer_seats(generation, failure);
+        let leaving: BTreeSet<WorkerId> = self.workers_of(generation).into_iter().collect();
+        self.begin_retirement(generation, true, leaving, Vec::new());
+    }
+
+    /// The same for some of its workers; those who wait are answered when their listeners are gone.
+    pub(crate) fn retire_workers(
+        &mut self,
+        generation: Generation,
+        workers: BTreeSet<WorkerId>,
+        waiting: Vec<Ticket>,
+    ) {
+        self.begin_retirement(generation, false, workers, waiting);
+    }
+
+    fn begin_retirement(
+        &mut self,
+        generation: Generation,
+        is_whole: bool,
+        workers: BTreeSet<WorkerId>,
+        waiting: Vec<Ticket>,
+    ) {
+        let plan = self.generations.get(&generation).map(|record| &record.plan);
+        let kill_at = self.now.after(plan.map_or(Duration::ZERO, |plan| plan.drain_timeout));
+        for id in &workers {
+            match self.workers.get_mut(id).map(|worker| &mut worker.state) {
                 Some(state @ WorkerState::Serving) => {
                     *state = WorkerState::Emptying;
-                    self.timers.arm(Timer::Kill(worker), kill_at);
+                    self.timers.arm(Timer::Kill(*id), kill_at);
+                    self.mark_stale_of(*id);
                 }
-                Some(state) if !state.is_ending() => self.end_unproven(worker),
-                Some(_) | None => {}
+                // Some of them may be on their way already.
+                Some(WorkerState::Emptying | WorkerState::Idling { .. }) | None => {}
+                Some(state) if !state.is_ending() => self.end_unproven(*id),
+                Some(_) => {}
             }
         }
         self.give_up_seats(generation);
         self.save();
         let step = if self.engine == Engine::None { RetireStep::Emptying } else { RetireStep::Counting };
-        let retirement = Retirement { since: self.now, step, pause: LOOK_PAUSE, looking: BTreeSet::new() };
-        if let Some(record) = self.generations.get_mut(&generation) {
-            record.retirement = Some(retirement);
+        self.retirement_last += 1;
+        let id = RetirementId(self.retirement_last);
+        let retirement = Retirement {
+            generation,
+            is_whole,
+            workers,
+            waiting,
+            since: self.now,
+            step,
+            pause: LOOK_PAUSE,
+            looking: BTreeSet::new(),
+        };
+        self.retirements.insert(id, retirement);
+        self.look_at_retirement(id);
+    }
+
+    /// Who can be chosen in the worker's groups has changed.
+    fn mark_stale_of(&mut self, worker: WorkerId) {
+        for listener in self.listeners_of(worker) {
+            let Some(l) = self.listeners.get(&listener) else { continue };
+            let (group, generation) = (l.group, l.generation);
+            if self.groups.get(&group).is_some_and(|group| group.wants(generation)) {
+                self.mark_stale(group);
+            }
         }
-        self.look_at_retirement(generation);
     }
 
     /// Looks at all groups in the kernel; when all have answered, the retirement goes on.
-    pub(crate) fn look_at_retirement(&mut self, generation: Generation) {
+    pub(crate) fn look_at_retirement(&mut self, id: RetirementId) {
         let groups: BTreeSet<GroupId> = self.groups.keys().copied().collect();
-        let record = self.generations.get_mut(&generation);
-        let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
+        let Some(retirement) = self.retirements.get_mut(&id) else { return };
         retirement.looking.clone_from(&groups);
         for group in groups {
             self.observe(group);
@@ -63,37 +109,32 @@ impl Master {
 
     pub(crate) fn retirements_observed(&mut self, group: GroupId) {
         let mut complete = Vec::new();
-        for (generation, record) in &mut self.generations {
-            if let Some(retirement) = record.retirement.as_mut()
-                && retirement.looking.remove(&group)
-                && retirement.looking.is_empty()
-            {
-                complete.push(*generation);
+        for (id, retirement) in &mut self.retirements {
+            if retirement.looking.remove(&group) && retirement.looking.is_empty() {
+                complete.push(*id);
             }
         }
-        for generation in complete {
-            self.go_on_retiring(generation);
+        for id in complete {
+            self.go_on_retiring(id);
         }
     }
 
-    fn go_on_retiring(&mut self, generation: Generation) {
+    fn go_on_retiring(&mut self, id: RetirementId) {
         let is_steered = self.groups.values().all(Group::is_told);
-        let record = self.generations.get_mut(&generation);
-        let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
+        let Some(retirement) = self.retirements.get_mut(&id) else { return };
         let before = retirement.step.clone();
-        // As long as the kernel may still choose this generation, nothing of it has settled.
+        // As long as the kernel may still choose them, nothing of them has settled.
         if before == RetireStep::Counting && !is_steered {
             retirement.since = self.now;
-            self.timers.arm(Timer::Retire(generation), self.now.after(LOOK_PAUSE_MAX));
+            self.timers.arm(Timer::Retire(id), self.now.after(LOOK_PAUSE_MAX));
             return;
         }
+        let (since, generation) = (retirement.since, retirement.generation);
         let record = self.generations.get(&generation);
-        let Some(retirement) = record.and_then(|record| record.retirement.as_ref()) else { return };
-        let since = retirement.since;
         let settle_by = record.map_or(since, |record| since.after(record.plan.settle_timeout));
         let step = match before.clone() {
             RetireStep::Counting => {
-                self.note_switch(generation);
+                self.note_switch(id);
                 // A stop that can't refuse new connections has nothing to wait for: they never end.
                 if self.keeps_receiving() { RetireStep::Emptying } else { RetireStep::Pausing }
             }
@@ -108,14 +149,13 @@ impl Master {
         let soon = self.now.after(LOOK_PAUSE);
         let first =
             if step == RetireStep::Pausing { Some(since.after(SNAPSHOT_AFTER).max(soon)) } else { None };
-        let record = self.generations.get_mut(&generation);
-        let Some(retirement) = record.and_then(|record| record.retirement.as_mut()) else { return };
+        let Some(retirement) = self.retirements.get_mut(&id) else { return };
         retirement.step = step;
         retirement.pause = pause.unwrap_or((retirement.pause * 2).min(LOOK_PAUSE_MAX));
         let next = first.unwrap_or(self.now.after(retirement.pause));
-        self.timers.arm(Timer::Retire(generation), next);
+        self.timers.arm(Timer::Retire(id), next);
         if is_emptying {
-            self.empty_workers(generation);
+            self.empty_workers(id);
         }
     }
 
@@ -154,8 +194,10 @@ impl Master {
 
     // ---- each worker on its own -------------------------------------------------------------------------------
 
-    fn empty_workers(&mut self, generation: Generation) {
-        let mut workers = self.workers_of(generation);
+    fn empty_workers(&mut self, id: RetirementId) {
+        let Some(retirement) = self.retirements.get(&id) else { return };
+        let generation = retirement.generation;
+        let mut workers: Vec<WorkerId> = retirement.workers.iter().copied().collect();
         // From the highest slot down, so that the slots in use stay together.
         workers.sort_by_key(|worker| core::cmp::Reverse(self.highest_slot(*worker)));
         // With one listener left to steer to there is nothing to steer off the mover to: while a slot is released,
@@ -247,15 +289,21 @@ impl Master {
     fn tell_stop(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = WorkerState::Stopping { told: self.now, drained: false };
-        let (kind, generation) = (worker.kind, worker.generation);
+        let kind = worker.kind;
         self.push(match kind {
             Some(WorkerKind::Handover) => Command::Tell { worker: id, order: Order::Stop },
             Some(WorkerKind::Unmodified) | None => Command::Signal { worker: id, signal: Signal::Stop },
         });
-        if let Some(retirement) = self.generations.get_mut(&generation).and_then(|r| r.retirement.as_mut()) {
-            retirement.pause = LOOK_PAUSE;
+        self.look_soon(id);
+    }
+
+    /// The worker's retirement goes on with the next look: not long from now.
+    fn look_soon(&mut self, id: WorkerId) {
+        let soon = self.now.after(LOOK_PAUSE);
+        for (retirement, record) in self.retirements.iter_mut().filter(|(_, r)| r.workers.contains(&id)) {
+            record.pause = LOOK_PAUSE;
+            self.timers.arm_by(Timer::Retire(*retirement), soon);
         }
-        self.timers.arm_by(Timer::Retire(generation), self.now.after(LOOK_PAUSE));
     }
 
     /// A worker that was told to stop: its listeners leave when it has let go of them, or has had its time.
@@ -313,6 +361,7 @@ impl Master {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = WorkerState::Dying;
         let (generation, seat) = (worker.generation, worker.seat);
+        let reason = Reason::WrongListeners(seat, id, Problem::NotListening(group));
         let plan = self.generations.get(&generation).map(|record| &record.plan);
         let kill_at = self.now.after(plan.map_or(Duration::ZERO, |plan| plan.drain_timeout));
         self.timers.arm(Timer::Kill(id), kill_at);
@@ -321,8 +370,11 @@ impl Master {
                 self.mark_stale(group);
             }
         }
-        self.report(Report::Replaced(id, Reason::WrongListeners(seat, id, Problem::NotListening(group))));
         self.push(Command::Signal { worker: id, signal: Signal::Stop });
+        if self.is_on_trial(generation) {
+            return self.fail_upgrade(reason);
+        }
+        self.report(Report::Replaced(id, reason));
     }
 
     pub(crate) fn on_drained(&mut self, id: WorkerId) {
@@ -353,11 +405,14 @@ impl Master {
                 && *until > self.now
             {
                 *until = self.now;
-                idle.insert(generation);
+                idle.insert(*id);
             }
         }
-        for generation in idle {
-            self.empty_workers(generation);
+        let is_idle = |retirement: &Retirement| retirement.workers.iter().any(|id| idle.contains(id));
+        let retirements: Vec<RetirementId> =
+            self.retirements.iter().filter(|(_, r)| is_idle(r)).map(|(id, _)| *id).collect();
+        for retirement in retirements {
+            self.empty_workers(retirement);
         }
     }
 
@@ -380,43 +435,49 @@ impl Master {
     // ---- the generation's end ---------------------------------------------------------------------------------
 
     pub(crate) fn advance_retirements(&mut self) {
-        let leaving: Vec<Generation> = self
-            .generations
-            .iter()
-            .filter(|(_, r)| matches!(r.state, GenerationState::Retiring | GenerationState::Draining))
-            .map(|(generation, _)| *generation)
-            .collect();
-        for generation in leaving {
-            self.advance_retirement(generation);
-        }
-    }
-
-    fn advance_retirement(&mut self, generation: Generation) {
         let holders: BTreeSet<WorkerId> = self.listeners.values().map(|listener| listener.worker).collect();
-        for (id, worker) in self.workers.iter_mut().filter(|(_, worker)| worker.generation == generation) {
+        for (id, worker) in &mut self.workers {
             if matches!(worker.state, WorkerState::Stopping { .. }) && !holders.contains(id) {
                 worker.state = WorkerState::Draining;
             }
         }
-        let workers = self.workers_of(generation);
-        let has_listeners = self.listeners.values().any(|listener| listener.generation == generation);
-        let all_ending = workers
-            .iter()
-            .all(|worker| self.workers.get(worker).is_some_and(|worker| worker.state.is_ending()));
-        if has_listeners || !all_ending {
-            return;
+        let over: Vec<RetirementId> =
+            self.retirements.iter().filter(|(_, r)| self.is_over(r)).map(|(id, _)| *id).collect();
+        for id in over {
+            self.end_retirement(id);
         }
-        let Some(record) = self.generations.get_mut(&generation) else { return };
-        // A generation that never served has nothing to drain: it is taken back when its last process is gone.
-        if record.retirement.take().is_some() {
-            record.state = GenerationState::Draining;
-            record.draining_since = Some(self.now);
-            self.timers.disarm(Timer::Retire(generation));
-            self.advance_upgrade();
-        }
-        if workers.is_empty() {
+        let is_leaving = |state| matches!(state, GenerationState::Retiring | GenerationState::Draining);
+        let is_gone = |id: &Generation| {
+            let has_worker = self.workers.values().any(|worker| worker.generation == *id);
+            !has_worker && !self.listeners.values().any(|listener| listener.generation == *id)
+        };
+        let leaving = self.generations.iter().filter(|(id, r)| is_leaving(r.state) && is_gone(id));
+        for generation in leaving.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.forget_generation(generation);
         }
+    }
+
+    /// None of its listeners is left, and none of its workers can get one.
+    fn is_over(&self, retirement: &Retirement) -> bool {
+        let is_its = |worker: WorkerId, of: Generation| match retirement.is_whole {
+            true => of == retirement.generation,
+            false => retirement.workers.contains(&worker),
+        };
+        let has_listeners = self.listeners.values().any(|l| is_its(l.worker, l.generation));
+        let mut workers = self.workers.iter().filter(|(id, worker)| is_its(**id, worker.generation));
+        !has_listeners && workers.all(|(_, worker)| worker.state.is_ending())
+    }
+
+    fn end_retirement(&mut self, id: RetirementId) {
+        let Some(retirement) = self.retirements.remove(&id) else { return };
+        self.timers.disarm(Timer::Retire(id));
+        self.answer_all(retirement.waiting, None);
+        if let Some(record) = self.generations.get_mut(&retirement.generation).filter(|_| retirement.is_whole)
+        {
+            record.state = GenerationState::Draining;
+            record.draining_since = Some(self.now);
+        }
+        self.advance_upgrade();
     }
 
     fn forget_generation(&mut self, generation: Generation) {
@@ -428,12 +489,12 @@ impl Master {
         let serial = record.receipt.as_ref().map(|receipt| receipt.serial);
         if let Some(mut receipt) = record.receipt {
             let took = record.draining_since.map_or(Duration::ZERO, |since| self.now.since(since));
-            receipt.phases.push(PhaseTime { phase: Phase::Draining, took });
+            receipt.add_phase(Phase::Draining, took);
             receipt.is_final = true;
             self.report(Report::Ended(receipt));
         }
-        for to in record.waiting {
-            self.push(Command::Reply { to, receipt: serial });
+        for (caller, serial) in record.waiting.into_iter().zip(serial.into_iter().cycle()) {
+            self.reply(caller, serial);
         }
         self.advance_launch();
         self.advance_upgrade();

@@ -80,8 +80,8 @@ impl Master {
 
     /// All seats of the generation take their sockets.
     pub(crate) fn take_seats(&mut self, generation: Generation) {
-        let seats = self.generations.get(&generation).map_or(0, |record| record.plan.workers);
-        for seat in 0..seats {
+        let (first, end) = self.seats_in_use(generation);
+        for seat in first..end {
             self.take_seat(generation, Seat(seat));
         }
     }
@@ -89,8 +89,12 @@ impl Master {
     /// It belongs to a seat, and without a worker it waits for the seat's next one.
     pub(crate) fn waits_for_next(&self, listener: &Listener) -> bool {
         let generation = listener.generation;
-        // The generation serves, or is about to.
-        listener.of_seat && (self.active == Some(generation) || self.is_wanted(listener.group, generation))
+        let record = self.generations.get(&generation);
+        let place = record.and_then(|record| record.seats.get(usize::from(listener.seat.0)));
+        // The generation serves, or is about to, and with this seat.
+        listener.of_seat
+            && place.is_some_and(|place| !place.is_given_up)
+            && (self.active == Some(generation) || self.is_wanted(listener.group, generation))
     }
 
     fn is_wanted(&self, group: GroupId, generation: Generation) -> bool {

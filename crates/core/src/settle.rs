@@ -42,10 +42,10 @@ impl Master {
         }
         let look = self.now.after(SNAPSHOT_AFTER);
         let mut begins = false;
+        let retires = |worker| self.workers.get(&worker).is_some_and(|worker| worker.state.is_retiring());
         for listener in self.listeners.values_mut().filter(|l| l.group == id && l.listens && l.handle) {
-            if listener.settling == Settling::Chosen
-                && (listener.leaving || !group.wants(listener.generation))
-            {
+            let is_away = !group.wants(listener.generation) || retires(listener.worker);
+            if listener.settling == Settling::Chosen && (listener.leaving || is_away) {
                 let plan = self.generations.get(&listener.generation).map(|record| &record.plan);
                 let until = self.now.after(plan.map_or(Duration::ZERO, |plan| plan.settle_timeout));
                 listener.settling = Settling::Begun { look, until };

@@ -93,6 +93,8 @@ pub(crate) struct KeyRange {
 /// Keys in a group's array: enough for two generations of 1,024 workers with several listeners each.
 /// The few above them are the shell's, for proving workers.
 pub(crate) const KEYS_MAX: u32 = 8190;
+/// The steering program looks through no more than this for one connection.
+const RANGE_KEYS_MAX: u32 = 1024;
 /// The last of them belong to seats, whichever generation uses them: a socket that two generations share stays under its
 /// key, and the switch is one write for it too.
 const SEAT_KEYS: u32 = KEYS_MAX - 1024;
@@ -109,9 +111,20 @@ impl Keys {
         (count <= KEYS_MAX - SEAT_KEYS).then_some(range)
     }
 
-    /// Gives a generation the lowest free range; `None` if there is no room.
+    /// Gives a generation the lowest free range with room for at least so many seats; `None` if there is no room.
     pub(crate) fn give(&mut self, generation: Generation, seats: u32, stride: u32) -> Option<KeyRange> {
-        let count = seats.checked_mul(stride)?;
+        // Room for as many as a range may have, so that seats can be added; less where there is no such room.
+        let needed = seats.checked_mul(stride)?;
+        let mut count = RANGE_KEYS_MAX.max(needed);
+        loop {
+            match self.give_range(generation, count, stride) {
+                None if count > needed => count = (count / 2).max(needed),
+                range => return range,
+            }
+        }
+    }
+
+    fn give_range(&mut self, generation: Generation, count: u32, stride: u32) -> Option<KeyRange> {
         let mut base = 0;
         let mut at = 0;
         while let Some(taken) = self.0.get(at) {
@@ -172,11 +185,17 @@ mod tests {
     fn keys_are_disjoint_and_come_back() {
         let mut keys = Keys::default();
         let first = keys.give(Generation(1), 4, 2).unwrap();
-        let second = keys.give(Generation(2), 4, 1).unwrap();
-        assert_eq!((first.base, second.base), (0, 8));
+        let second = keys.give(Generation(2), 2000, 1).unwrap();
+        assert_eq!((first.base, second.base, second.count), (0, 1024, 2000));
         keys.take_back(Generation(1));
-        assert_eq!(keys.give(Generation(3), 9, 1).unwrap().base, 12, "too large for the hole");
+        assert_eq!(keys.give(Generation(3), 1025, 1).unwrap().base, 3024, "too large for the hole");
         assert_eq!(keys.give(Generation(4), 8, 1).unwrap().base, 0);
         assert!(keys.give(Generation(5), KEYS_MAX, 1).is_none());
+        let mut last = 1024;
+        while let Some(range) = keys.give(Generation(9), 100, 1) {
+            assert!(range.count <= last && range.count >= 100, "less where there is less room: {range:?}");
+            last = range.count;
+        }
+        assert!(last < 1024, "room is never left unused");
     }
 }

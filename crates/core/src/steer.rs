@@ -23,7 +23,12 @@ impl Master {
             let listens = |generation: &Generation| {
                 self.generations.get(generation).is_some_and(|record| record.plan.groups.contains(id))
             };
-            let here: Vec<_> = target.iter().filter(|(generation, _)| listens(generation)).copied().collect();
+            let mut here: Vec<_> =
+                target.iter().filter(|(generation, _)| listens(generation)).copied().collect();
+            // Alone it gets all there is.
+            if let [(_, weight)] = here.as_mut_slice() {
+                *weight = 1000;
+            }
             if !here.is_empty() {
                 group.target = here;
                 group.is_stale = true;
@@ -230,7 +235,7 @@ impl Master {
         }
         self.report(Report::SteerFailed(id, errno));
         self.timers.arm(Timer::Group(id), self.now.after(RETRY));
-        let is_steering = |step: &UpgradeStep| matches!(step, UpgradeStep::Steering(_));
+        let is_steering = |step: &UpgradeStep| matches!(step, UpgradeStep::Steering(..));
         if self.upgrade.as_ref().is_some_and(|upgrade| is_steering(&upgrade.step)) {
             self.retry_group(id);
             self.fail_upgrade(crate::command::Reason::SteerFailed(id, errno));
@@ -282,6 +287,7 @@ impl Master {
             Some(Work::Idle | Work::Admitting | Work::Steering(_) | Work::Refused) | None => {}
         }
         self.handshakes_observed(id);
+        self.compare_queues(id);
         self.retirements_observed(id);
     }
 

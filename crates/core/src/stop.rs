@@ -22,6 +22,8 @@ impl Master {
         if !is_second {
             self.notify(Notice::Stopping);
             self.drop_wish();
+            let waiting = self.scaling.take().map(|scaling| scaling.waiting).unwrap_or_default();
+            self.answer_all(waiting, Some(Reason::Stopped));
             self.fail_upgrade(Reason::Stopped);
             self.timers.disarm(Timer::Breaker);
             self.aim_away(None);
@@ -31,13 +33,6 @@ impl Master {
         }
         if is_fast {
             self.kill_all();
-        }
-    }
-
-    /// The waiting upgrade will never begin.
-    pub(crate) fn drop_wish(&mut self) {
-        if let Some(wish) = self.wish.take() {
-            self.refuse(&wish, Reason::Stopped);
         }
     }
 
@@ -70,7 +65,7 @@ impl Master {
         let Some(stopping) = self.stopping.as_mut() else { return };
         let code = stopping.code;
         for to in core::mem::take(&mut stopping.waiting) {
-            self.push(Command::Reply { to, receipt: None });
+            self.push(Command::ReplyStopped { to });
         }
         self.end_reexec(false);
         self.push(Command::Exit { code });

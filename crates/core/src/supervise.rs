@@ -2,11 +2,12 @@
 
 use crate::command::{Command, Reason, Report, Signal};
 use crate::event::Exit;
-use crate::generation::{GenerationState, UpgradeStep};
+use crate::generation::SeatRecord;
 use crate::id::{Generation, Seat, WorkerId};
 use crate::master::Master;
 use crate::timers::Timer;
 use crate::worker::{LOOK_PAUSE, LOOK_PAUSE_MAX, WorkerState};
+use alloc::vec::Vec;
 use core::time::Duration;
 
 /// How long the remains of a crashed worker may take after SIGTERM.
@@ -93,26 +94,50 @@ impl Master {
 
     /// The seat is empty. What that means depends on what the generation was about.
     fn vacate(&mut self, id: WorkerId, was: WorkerState, how: Exit) {
+        self.look_at_leaving(id, was);
         let Some((generation, seat)) = self.seat_of(id) else { return };
-        let Some(record) = self.generations.get_mut(&generation) else { return };
-        let Some(place) = record.seats.get_mut(usize::from(seat.0)) else { return };
-        place.worker = None;
-        match record.state {
-            GenerationState::Launching => self.fail_upgrade(Reason::Exited(seat, id, how)),
-            GenerationState::Active => self.refill(generation, seat),
-            GenerationState::Retiring | GenerationState::Draining => {
-                let is_cut = was == WorkerState::Dying;
-                self.timers.arm_by(
-                    Timer::Retire(generation),
-                    self.now.after(if is_cut { LOOK_PAUSE } else { Duration::ZERO }),
-                );
-            }
+        let is_next = self.empty_seat(generation, seat, id);
+        let has_served = was == WorkerState::Serving;
+        let reason = if has_served { Reason::Crashed(seat, id, how) } else { Reason::Exited(seat, id, how) };
+        if self.is_on_trial(generation) {
+            return self.fail_upgrade(reason);
+        }
+        if was.is_starting() || is_next {
+            self.seat_failed(generation, seat, reason);
+        }
+        if !is_next {
+            self.refill(generation, seat);
+        }
+    }
+
+    /// Its worker has gone, or the one that was to take its place; whether it was that.
+    fn empty_seat(&mut self, generation: Generation, seat: Seat, id: WorkerId) -> bool {
+        let record = self.generations.get_mut(&generation);
+        let Some(place) = record.and_then(|record| record.seats.get_mut(usize::from(seat.0))) else {
+            return false;
+        };
+        if place.worker == Some(id) {
+            // The one that is on its way needs no other beside it.
+            place.worker = place.next.take();
+        } else {
+            place.next = None;
+            return true;
+        }
+        false
+    }
+
+    /// The worker's retirement may go on.
+    fn look_at_leaving(&mut self, id: WorkerId, was: WorkerState) {
+        let pause = if was == WorkerState::Dying { LOOK_PAUSE } else { Duration::ZERO };
+        let at = self.now.after(pause);
+        for (retirement, _) in self.retirements.iter().filter(|(_, r)| r.workers.contains(&id)) {
+            self.timers.arm_by(Timer::Retire(*retirement), at);
         }
     }
 
     fn seat_of(&self, id: WorkerId) -> Option<(Generation, Seat)> {
         self.generations.iter().find_map(|(generation, record)| {
-            let seat = record.seats.iter().position(|seat| seat.worker == Some(id))?;
+            let seat = record.seats.iter().position(|seat| [seat.worker, seat.next].contains(&Some(id)))?;
             Some((*generation, Seat(u16::try_from(seat).ok()?)))
         })
     }
@@ -122,8 +147,12 @@ impl Master {
             return;
         }
         let now = self.now;
-        let Some(record) = self.generations.get_mut(&generation) else { return };
-        let Some(place) = record.seats.get_mut(usize::from(seat.0)) else { return };
+        let Some(record) = self.generations.get_mut(&generation).filter(|record| record.serves()) else {
+            return;
+        };
+        let Some(place) = record.seats.get_mut(usize::from(seat.0)).filter(|place| place.is_vacant()) else {
+            return;
+        };
         place.restarts += 1;
         let pause = place.backoff.after_exit(now.since(place.filled), &record.plan);
         let breaker = record.plan.breaker;
@@ -143,10 +172,9 @@ impl Master {
     }
 
     pub(crate) fn respawn(&mut self, generation: Generation, seat: Seat) {
-        let record =
-            self.generations.get(&generation).filter(|record| record.state == GenerationState::Active);
+        let record = self.generations.get(&generation).filter(|record| record.serves());
         let place = record.and_then(|record| record.seats.get(usize::from(seat.0)));
-        if place.is_some_and(|place| place.worker.is_none()) && !self.timers.is_armed(Timer::Breaker) {
+        if place.is_some_and(SeatRecord::is_vacant) && !self.timers.is_armed(Timer::Breaker) {
             self.spawn(generation, seat);
         }
     }
@@ -163,10 +191,10 @@ impl Master {
     pub(crate) fn close_breaker(&mut self) {
         self.exits.clear();
         self.report(Report::BreakerClosed);
-        let Some(active) = self.active else { return };
-        let seats = self.generations.get(&active).map_or(0, |record| record.plan.workers);
-        for seat in 0..seats {
-            self.respawn(active, Seat(seat));
+        let serving = self.generations.iter().filter(|(_, record)| record.serves());
+        let seats: Vec<(Generation, u16)> = serving.map(|(id, record)| (*id, record.plan.workers)).collect();
+        for (generation, seats) in seats {
+            (0..seats).for_each(|seat| self.respawn(generation, Seat(seat)));
         }
     }
 
@@ -180,33 +208,26 @@ impl Master {
         }
         self.forget_worker(id);
         let Some((generation, seat)) = self.seat_of(id) else { return };
-        if let Some(place) =
-            self.generations.get_mut(&generation).and_then(|record| record.seats.get_mut(usize::from(seat.0)))
-        {
-            place.worker = None;
-        }
+        let is_next = self.empty_seat(generation, seat, id);
         let reason = Reason::SpawnFailed(seat, id, errno);
-        if self.is_launching(generation) {
+        if self.is_on_trial(generation) {
             return self.fail_upgrade(reason);
         }
         self.report(Report::Replaced(id, reason));
-        if self.active == Some(generation) {
+        self.seat_failed(generation, seat, reason);
+        if !is_next {
             self.refill(generation, seat);
         }
     }
 
-    pub(crate) fn is_launching(&self, generation: Generation) -> bool {
-        let begins = |step: &UpgradeStep| !matches!(step, UpgradeStep::Retiring | UpgradeStep::RollingBack);
-        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.to == generation && begins(&upgrade.step))
-    }
-
     /// A worker is not what it should be: that ends a launch, and a respawn is ended and tried again.
     pub(crate) fn fail_worker(&mut self, id: WorkerId, reason: Reason) {
-        let Some(generation) = self.workers.get(&id).map(|worker| worker.generation) else { return };
-        if self.is_launching(generation) {
+        let Some((generation, seat)) = self.workers.get(&id).map(|w| (w.generation, w.seat)) else { return };
+        if self.is_on_trial(generation) {
             return self.fail_upgrade(reason);
         }
         self.report(Report::Replaced(id, reason));
+        self.seat_failed(generation, seat, reason);
         self.end_unproven(id);
     }
 }

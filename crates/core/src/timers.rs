@@ -1,6 +1,6 @@
 //! Everything the core waits for in time, as one table; its minimum is the next deadline.
 
-use crate::id::{Generation, GroupId, Seat, Time, WorkerId};
+use crate::id::{Generation, GroupId, RetirementId, Seat, Time, WorkerId};
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ pub(crate) enum Timer {
     /// The breaker closes then.
     Breaker,
     /// Look again how far the retirement is.
-    Retire(Generation),
+    Retire(RetirementId),
     /// Steer this group again, or ask again for leftovers to be taken.
     Group(GroupId),
     /// `cbpf`: look again which handshakes of the group are half open.
@@ -36,6 +36,16 @@ pub(crate) enum Timer {
     Preflight,
     /// A keeper is started again.
     Keeper,
+    /// The waiting upgrade begins then.
+    Wish,
+    /// The canary step, or the bake, has lasted long enough.
+    Hold,
+    /// The generation on trial is checked again.
+    Check,
+    /// The check must have ended by then.
+    CheckLimit,
+    /// The canary's accept queues are compared with its siblings'.
+    Compare,
 }
 
 /// The armed timers.

@@ -4,7 +4,7 @@ use crate::command::{Command, Notice, Reason, Report, Signal};
 use crate::id::WorkerId;
 use crate::master::Master;
 use crate::timers::Timer;
-use crate::worker::LOOK_PAUSE;
+use crate::worker::{LOOK_PAUSE, WorkerState};
 use core::time::Duration;
 
 impl Master {
@@ -34,10 +34,15 @@ impl Master {
         self.timers.disarm(Timer::Watchdog(id));
         let Some(worker) = self.workers.get(&id).filter(|worker| !worker.state.is_ending()) else { return };
         let (generation, reason) = (worker.generation, Reason::Stuck(worker.seat, id));
-        if self.is_launching(generation) {
-            return self.fail_upgrade(reason);
+        if self.is_on_trial(generation) {
+            self.fail_upgrade(reason);
+            // One that never served is told to end; of one that did nothing can be hoped for any more.
+            if !self.workers.get(&id).is_some_and(|worker| worker.state == WorkerState::Emptying) {
+                return;
+            }
+        } else {
+            self.report(Report::Replaced(id, reason));
         }
-        self.report(Report::Replaced(id, reason));
         self.push(Command::Signal { worker: id, signal: Signal::KillGroup });
     }
 

@@ -79,6 +79,11 @@ impl WorkerState {
         }
     }
 
+    /// Whether it serves no new connection any more, though it lives.
+    pub(crate) fn is_retiring(self) -> bool {
+        matches!(self, WorkerState::Emptying | WorkerState::Idling { .. }) || self.is_ending()
+    }
+
     /// Whether its end is, or was, asked for.
     pub(crate) fn is_ending(self) -> bool {
         match self {

@@ -4,6 +4,7 @@
 
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,31 @@ pub enum Request {
         #[serde(default)]
         force: bool,
     },
+    /// Bring the previous generation back: a steer-back while the new one is on trial, else an upgrade to the program and
+    /// config of the generation before the active one. Answered by `wait`.
+    Rollback {
+        /// How long to stay for the outcome.
+        #[serde(default)]
+        wait: Wait,
+    },
+    /// Have so many workers from now on, until the next change of the config.
+    Scale {
+        /// 1 to 1024.
+        workers: u32,
+        /// Stay until they serve, or are gone ([`Reply::Done`]), else only [`Reply::Accepted`].
+        #[serde(default)]
+        wait: bool,
+    },
+    /// Replace the worker of one seat.
+    RestartWorker {
+        /// Counted from 0.
+        seat: u32,
+        /// Stay until the next one serves and the old one's listeners are gone, else only [`Reply::Accepted`].
+        #[serde(default)]
+        wait: bool,
+    },
+    /// The receipts that are kept. Answered with [`Reply::Receipts`].
+    Receipts {},
     /// Replace the master's own program in place. Answered with [`Reply::Done`] or [`Reply::Error`].
     Reexec {},
     /// Stop the whole service.
@@ -78,10 +104,18 @@ pub enum Reply {
     /// The wish is taken; the last answer unless the client waits. It comes at once, also to who waits: a client
     /// takes silence for a master that hangs.
     Accepted,
-    /// How the upgrade ended. The client's exit code follows from its outcome.
+    /// How the upgrade ended.
     Receipt {
         /// See [`Receipt`].
         receipt: Box<Receipt>,
+        /// The exit code of the client: 0 when what it asked for is so, else 1.
+        #[serde(default)]
+        code: u8,
+    },
+    /// The receipts of the last upgrades.
+    Receipts {
+        /// Oldest first, at most 50.
+        receipts: Vec<Receipt>,
     },
     /// What was asked for is done.
     Done,
@@ -109,7 +143,11 @@ impl Reply {
         match self {
             Self::Progress { .. } => false,
             Self::Accepted => !waiting,
-            Self::Status { .. } | Self::Receipt { .. } | Self::Done | Self::Error { .. } => true,
+            Self::Status { .. }
+            | Self::Receipt { .. }
+            | Self::Receipts { .. }
+            | Self::Done
+            | Self::Error { .. } => true,
         }
     }
 }

@@ -141,6 +141,8 @@ words! {
         Systemd = "systemd",
         /// The start of the master.
         Start = "start",
+        /// A client that wanted the previous generation back.
+        Rollback = "rollback",
         /// A master that found workers which had neither master nor keeper.
         Orphans = "orphans",
     }
@@ -196,8 +198,23 @@ pub struct Status {
     pub generations: Vec<GenerationStatus>,
     /// Every configured listener.
     pub listeners: Vec<ListenerStatus>,
+    /// Another number of workers than the config says was asked for; null if not.
+    #[serde(default)]
+    pub scaled: Option<Scaled>,
+    /// An upgrade waits for the present one to end, or for others to join it.
+    #[serde(default)]
+    pub upgrade_waits: bool,
     /// Receipt of the last upgrade; null before the first.
     pub last_upgrade: Option<Receipt>,
+}
+
+/// A number of workers that lasts until the config changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scaled {
+    /// Workers there are to be.
+    pub workers: u32,
+    /// Workers the config says.
+    pub configured: u32,
 }
 
 /// The master itself.
@@ -231,6 +248,9 @@ pub struct GenerationStatus {
     pub executable: ExecutableInfo,
     /// Open connections of all its workers.
     pub connections: Option<u64>,
+    /// Milliseconds until those of its workers that are told to end, and have not, are killed; null while none is.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
     /// Its workers, by seat.
     pub workers: Vec<WorkerStatus>,
 }
@@ -329,9 +349,17 @@ pub struct Receipt {
     pub forced_kills: u32,
     /// Open connections these still had.
     pub connections_cut: Option<u32>,
-    /// The generation of the later wish that took this one's place.
+    /// Only in the answer to a client whose wish a later one took the place of: the generation of that later one,
+    /// whose receipt this is.
     #[serde(default)]
     pub superseded_by: Option<u32>,
+    /// From the failure of a generation on trial to the kernel's confirmation that no new connection goes to it any more,
+    /// on all listeners, in microseconds; null if nothing was steered back.
+    #[serde(default)]
+    pub steer_back_us: Option<u64>,
+    /// Runs of `upgrade.check` that passed.
+    #[serde(default)]
+    pub checks_passed: u32,
 }
 
 /// How long a phase took.
