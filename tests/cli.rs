@@ -115,7 +115,7 @@ fn a_timeout_that_passes_is_4_and_the_upgrade_goes_on() {
     world(&[], |world| {
         let mut app = App::test_worker(world, "--mode plain").workers(1);
         let master = Master::start(world, &app);
-        app.command = test_worker("--mode plain --ready-delay 700");
+        app.command = test_worker("--mode plain --ready-delay 3000");
         app.write();
         let done = master.cli("upgrade --wait --timeout 100ms");
         assert_eq!(done.code, 4, "{done:#?}");

@@ -61,7 +61,11 @@ const FAILURES: &[Failure] = &[
     },
     Failure {
         sort: "never ready",
-        change: |_, app| replaced(app, "plain", "--fail never-ready"),
+        change: |_, app| {
+            replaced(app, "plain", "--fail never-ready");
+            // Time enough to say its last words.
+            app.upgrade.push("ready_timeout = \"3s\"".into());
+        },
         outcome: Outcome::RolledBack,
         names: &["seat", "ready_timeout", LAST_WORDS],
     },
@@ -82,7 +86,7 @@ const FAILURES: &[Failure] = &[
 fn failures_lose_nothing(engine: &'static str, mode: &str) {
     world(needs_of(engine), |world| {
         let options = format!("--mode {mode} --accept-delay 5");
-        let app = App::test_worker(world, &options).engine(engine).upgrade("ready_timeout = \"1s\"");
+        let app = App::test_worker(world, &options).engine(engine);
         let master = Master::start(world, &app);
         let load = Load::start(slow_accepts(world));
         let before = master.serving();

@@ -41,11 +41,15 @@ fn silent_clients_lose_nothing(engine: &'static str, mode: &str) {
 }
 
 fn deferring(world: &World, mode: &str, engine: &'static str) -> App {
-    App::test_worker(world, &format!("--mode {mode} --defer-accept")).engine(engine)
+    App::test_worker(world, &format!("--mode {mode} --defer-accept")).engine(engine).upgrade(PATIENT)
 }
 
+/// Begun handshakes are waited for as long as a loaded machine may need.
+const PATIENT: &str = "settle_timeout = \"25s\"";
+
 /// Stops the old workers at once, as if begun handshakes did not exist.
-fn naive(app: App) -> App {
+fn naive(mut app: App) -> App {
+    app.upgrade.clear();
     app.upgrade("stop_when = \"drained\"")
         .upgrade("settle_timeout = \"1ms\"")
         .upgrade("drain_timeout = \"1s\"")
@@ -116,7 +120,7 @@ fn answered_of_held(world: &World, app: &App) -> usize {
 fn held_handshakes_are_answered(engine: &'static str, mode: &str) {
     world(&[Need::Root, Need::Bpf, Need::Nft], |world| {
         let app = |mode: &str, engine| App::test_worker(world, &format!("--mode {mode}")).engine(engine);
-        assert_eq!(answered_of_held(world, &app(mode, engine)), HELD);
+        assert_eq!(answered_of_held(world, &app(mode, engine).upgrade(PATIENT)), HELD);
         let control = answered_of_held(world, &naive(app("naive", "none")));
         assert!(control < HELD, "the test shows nothing: the naive control answers all");
     });

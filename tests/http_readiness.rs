@@ -26,7 +26,7 @@ fn begin_load(world: &World) -> Load {
 fn asked(world: &World, mode: &str) -> App {
     let mut app = App::test_worker(world, &options(mode, ""));
     app.listen[0].1.set_ip(OWN.parse().unwrap());
-    let app = app.engine("ebpf").readiness("http").upgrade("ready_timeout = \"1s\"");
+    let app = app.engine("ebpf").readiness("http");
     app.probe("interval = \"20ms\"").probe("path = \"/healthz?deep\"")
 }
 
@@ -86,7 +86,8 @@ fn no_client_meets_an_unhealthy_worker(mode: &str) {
         let load = begin_load(world);
         let workers = master.serving();
         app.command = changed(world, mode, "--health 503");
-        app.write();
+        // Time enough to ask each of them more than once.
+        app.clone().upgrade("ready_timeout = \"3s\"").write();
         for generation in 2..=3 {
             let (code, receipt) = master.failing_upgrade();
             let reason = receipt.reason.unwrap_or_default();
@@ -133,8 +134,7 @@ const ANSWERS: [(&str, u32, u32); 4] = [
 
 fn every_worker_passes_for_itself(mode: &str) {
     world(&[Need::Bpf], |world| {
-        let mut app = asked(world, mode).upgrade("ready_timeout = \"30s\"");
-        app.upgrade.remove(0);
+        let app = asked(world, mode);
         let master = Master::start(world, &app);
         let load = begin_load(world);
         for (generation, (answers, passes, times)) in (2..).zip(ANSWERS) {

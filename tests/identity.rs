@@ -287,9 +287,9 @@ fn another_user_in_an_upgrade_is_refused() {
 #[test]
 fn another_user_cannot_make_a_worker_ready() {
     world(&[Need::Root], |world| {
-        let ready = as_user(app(world, "--mode plain")).workers(1).upgrade("ready_timeout = \"1s\"");
+        let ready = as_user(app(world, "--mode plain")).workers(1);
         let master = Master::start(world, &ready);
-        as_user(app(world, "--mode plain --no-notify")).workers(1).upgrade("ready_timeout = \"1s\"").write();
+        as_user(app(world, "--mode plain --no-notify")).workers(1).upgrade("ready_timeout = \"3s\"").write();
         let upgrade = master.begin("upgrade --wait --json");
         let started = master.wait_status("started", |status| {
             status.generations.get(1).is_some_and(|generation| generation.workers[0].pid.is_some())

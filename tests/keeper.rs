@@ -28,6 +28,9 @@ mod logs;
 mod plays;
 mod strangers;
 
+/// What is not waited for by name is over long before, even on a loaded machine.
+const LONG: Duration = Duration::from_secs(10);
+
 fn socket_in(world: &World) -> PathBuf {
     world.path("control.sock.keeper")
 }
@@ -279,7 +282,7 @@ fn a_second_master_waits_for_the_end_of_the_first() {
         let began = Instant::now();
         let refused = fetch(&socket).unwrap_err();
         assert!(matches!(refused, FetchError::Busy(_)), "{refused}");
-        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
         assert!(keeper.is_alive());
 
         let (silent, next, leaving) = (knock(&socket), knock(&socket), knock(&socket));
@@ -387,21 +390,19 @@ fn nobody_waits_for_one_that_is_stopped() {
             pidfd::send_signal(process.as_fd(), nix::libc::SIGSTOP).unwrap();
             (keeper, process)
         };
-        let short = Duration::from_millis(1500);
-
         let (mut keeper, process) = stopped();
         let began = Instant::now();
         assert_eq!(keeper.release("a").unwrap_err().kind(), ErrorKind::TimedOut);
-        assert!(began.elapsed() < short, "{:?}", began.elapsed());
+        assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
         // Messages fit until its buffer is full; then they don't, and that is not waited for either.
         let began = Instant::now();
         let snapshot = thing("state");
         let full = (0..100_000).find_map(|_| keeper.save(snapshot.as_fd()).err());
         assert_eq!(full.expect("it has no end of room").kind(), ErrorKind::TimedOut);
-        assert!(began.elapsed() < short, "{:?}", began.elapsed());
+        assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
         let began = Instant::now();
         keeper.dismiss();
-        assert!(is_readable(&process, Duration::ZERO) && began.elapsed() < short, "{:?}", began.elapsed());
+        assert!(is_readable(&process, Duration::ZERO) && began.elapsed() < LONG, "{:?}", began.elapsed());
 
         let (keeper, process) = stopped();
         drop(keeper);
@@ -409,7 +410,7 @@ fn nobody_waits_for_one_that_is_stopped() {
         let refused = fetch(&socket).unwrap_err();
         assert!(matches!(refused, FetchError::Silent { is_ended: true, .. }), "{refused}");
         assert!(is_readable(&process, Duration::ZERO), "it holds nothing any more");
-        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
         assert!(fetch(&socket).unwrap().is_none());
     });
 }
@@ -447,7 +448,7 @@ fn it_starts_from_a_program_that_was_removed() {
         let began = Instant::now();
         let another = Keeper::start_from(Path::new("/bin/true"), &socket_in(world), "test").unwrap_err();
         assert!(another.to_string().ends_with("the keeper has ended"), "{another}");
-        assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
+        assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
         let missing = Keeper::start_from(&copy, &socket_in(world), "test").unwrap_err();
         assert!(missing.to_string().starts_with("cannot start a keeper at "), "{missing}");
     });

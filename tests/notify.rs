@@ -82,10 +82,10 @@ fn notify_socket(pid: u32) -> String {
 #[test]
 fn a_strangers_ready_does_not_count() {
     world(&[], |world| {
-        let mut app = App::test_worker(world, "--mode plain").workers(1).upgrade("ready_timeout = \"1s\"");
+        let mut app = App::test_worker(world, "--mode plain").workers(1);
         let master = Master::start(world, &app);
         app.command = test_worker("--mode plain --no-notify");
-        app.write();
+        app.upgrade("ready_timeout = \"3s\"").write();
         let upgrade = master.begin("upgrade --wait --json");
         let status = master.wait_status("started", |status| {
             status.generations.get(1).is_some_and(|generation| generation.workers[0].pid.is_some())

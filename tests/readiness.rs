@@ -27,6 +27,30 @@ fn a_silent_program_is_ready_when_it_accepts() {
     });
 }
 
+/// Says what it has to say and closes, without waiting for a word.
+const CURT: &str = "
+import socket, sys
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+s.bind(('127.0.0.1', int(sys.argv[1])))
+s.listen(1024)
+while True:
+    c = s.accept()[0]
+    c.sendall(b'no\\n')
+    c.close()
+";
+
+#[test]
+fn a_silent_program_that_closes_at_once_has_accepted() {
+    world(&[Need::Python, Need::Bpf], |world| {
+        let app =
+            App::new(world, ["python3", "-c", CURT, "{port.default}"]).engine("ebpf").readiness("listen");
+        let master = Master::start(world, &app.workers(2));
+        master.upgrade();
+        master.stop();
+    });
+}
+
 #[test]
 fn a_worker_without_the_sdk_speaks_the_channel() {
     world(&[Need::Python], |world| {
@@ -167,7 +191,8 @@ fn wishes_during_an_upgrade_are_remembered_once() {
     world(&[], |world| {
         let mut app = App::test_worker(world, "--mode plain").workers(1);
         let master = Master::start(world, &app);
-        app.command = test_worker("--mode plain --ready-delay 500");
+        // All wishes come before it is ready.
+        app.command = test_worker("--mode plain --ready-delay 2500");
         app.write();
         let first = master.begin("upgrade --wait --json");
         master.wait_status("launching", |status| status.state == MasterState::Launching);

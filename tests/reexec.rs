@@ -34,7 +34,7 @@ fn reexec(master: &Master) {
     assert_eq!(after.master.pid, master.pid());
     // Worked out anew from two clocks each time.
     let [started, still] = [&before, &after].map(|one| one.master.started_at.parse::<Timestamp>().unwrap());
-    assert!(started.duration_since(still).abs() < SignedDuration::from_millis(100), "{started} {still}");
+    assert!(started.duration_since(still).abs() < SignedDuration::from_secs(1), "{started} {still}");
 }
 
 /// Every worker there is.

@@ -255,8 +255,7 @@ fn seats_come_and_go_cbpf() {
 
 fn failures_leave_nothing_behind(engine: &'static str) {
     world(&[needs_of(engine), &[Need::Root]].concat(), |world| {
-        let app =
-            App::test_worker(world, SLOW).workers(3).engine(engine).upgrade("ready_timeout = \"500ms\"");
+        let app = App::test_worker(world, SLOW).workers(3).engine(engine);
         let master = Master::start(world, &app);
         let load = Load::start(modest(world));
         let (before, workers) = (listening(), master.serving());
@@ -269,6 +268,9 @@ fn failures_leave_nothing_behind(engine: &'static str) {
         ] {
             let mut failing = app.clone().workers(6);
             failing.command = test_worker(&format!("{SLOW} {options}"));
+            if names == "ready_timeout" {
+                failing = failing.upgrade("ready_timeout = \"500ms\"");
+            }
             failing.listen.push(named("second", address));
             failing.write();
             let (code, receipt) = master.failing_upgrade();
@@ -368,7 +370,7 @@ fn a_silent_worker_is_ready_when_it_accepts() {
     world(&[Need::Bpf], |world| {
         let silent = |options: &str| {
             let app = App::test_worker(world, &format!("{SLOW} --no-notify {options}"));
-            app.engine("ebpf").readiness("listen").upgrade("ready_timeout = \"1s\"")
+            app.engine("ebpf").readiness("listen")
         };
         let master = Master::start(world, &silent(""));
         let load = Load::start(slow_accepts(world));
@@ -377,13 +379,29 @@ fn a_silent_worker_is_ready_when_it_accepts() {
             load.answered(50);
         }
         // It has the sockets, which listen, but never accepts.
-        silent("--fail never-ready").write();
+        silent("--fail never-ready").upgrade("ready_timeout = \"1s\"").write();
         let (code, receipt) = master.failing_upgrade();
         let reason = receipt.reason.unwrap_or_default();
         assert_eq!((code, receipt.outcome), (1, Outcome::RolledBack), "{reason}");
         assert!(reason.contains("accepts no connection"), "{reason}");
         load.answered(50);
         end_lossless(load);
+        master.stop();
+    });
+}
+
+/// The old worker of the seat accepts from all of them as well, and takes every other connection made to prove the new.
+#[test]
+fn each_listener_is_proven_for_itself() {
+    world(&[Need::Bpf, Need::Root], |world| {
+        let mut app = App::test_worker(world, "--mode activated --no-notify").workers(1);
+        app.listen.extend(
+            (1..12).map(|number| named(&format!("n{number}"), &format!("127.0.0.1:{}", 8080 + number))),
+        );
+        let master = Master::start(world, &app.engine("ebpf").readiness("listen"));
+        for _ in 0..2 {
+            master.upgrade();
+        }
         master.stop();
     });
 }

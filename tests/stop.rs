@@ -112,7 +112,10 @@ fn a_first_generation_that_fails_ends_the_master_with_the_reason() {
             ("--mode plain --fail never-ready", ["seat", "not ready"]),
         ];
         for (options, names) in failures {
-            let app = App::test_worker(world, options).upgrade("ready_timeout = \"1s\"");
+            let mut app = App::test_worker(world, options);
+            if names.contains(&"not ready") {
+                app = app.upgrade("ready_timeout = \"1s\"");
+            }
             let master = Master::launch(world, &app, Command::new(REUSEPORTD));
             let log = world.path("master.log");
             master.ended(1);

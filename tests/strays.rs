@@ -152,7 +152,6 @@ fn a_worker_that_takes_more_than_v6only_is_not_taken() {
         let mut app = App::test_worker(world, "--mode plain --v6only").workers(2);
         app.listen = vec![named("four", "0.0.0.0:8080"), named("six", "[::]:8080")];
         app.listen_lines.push((Some("six"), "v6only = true"));
-        app = app.upgrade("ready_timeout = \"1s\"");
         let master = Master::start(world, &app);
         app.command = test_worker("--mode plain");
         app.write();

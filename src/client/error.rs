@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use reuseportd_wire::control::ControlError;
-use reuseportd_wire::status::{Outcome, Receipt};
+use reuseportd_wire::status::Receipt;
 
 use super::live::time;
-use super::receipt::ended;
+use super::receipt;
 use super::text::escape_lines;
 use crate::config::ConfigErrors;
 
@@ -57,8 +57,8 @@ pub(super) enum ClientError {
     Unexpected { path: PathBuf },
     #[error("{}", escape_lines(message))]
     Refused { message: String, code: u8, receipt: Option<Box<Receipt>> },
-    #[error("upgrade {}: {}", ended(*outcome), escape_lines(reason))]
-    NotCompleted { outcome: Outcome, reason: String, code: u8 },
+    #[error("{}: {}", receipt::failure(receipt), escape_lines(receipt::reason(receipt)))]
+    NotCompleted { receipt: Box<Receipt>, code: u8 },
     #[error("what was left behind is not ended: {0}")]
     LeftBehind(String),
     #[error("standard output: cannot write: {0}")]

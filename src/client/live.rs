@@ -25,7 +25,11 @@ pub(super) struct Moment<'a> {
 impl Moment<'_> {
     /// One line, of at most 80 columns unless the master's words are longer.
     pub(super) fn line(&self) -> String {
-        let lasts = time(self.lasts);
+        // Always tenths, so that the line does not jump.
+        let lasts = match self.lasts.as_millis() {
+            ms @ 0..60_000 => format!("{}.{} s", ms / 1_000, ms % 1_000 / 100),
+            _ => time(self.lasts),
+        };
         let Some(phase) = self.phase else {
             let state = self.status.map(|status| format!(": the master's state is {}", status.state));
             return format!("waiting {lasts}{}", state.unwrap_or_default());

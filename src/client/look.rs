@@ -26,7 +26,12 @@ pub(super) struct Look {
 
 impl Look {
     pub(super) fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), underway: None, due: Instant::now() }
+        Self { path: path.to_owned(), underway: None, due: Instant::now() + PAUSE }
+    }
+
+    /// Forgets a question under way.
+    pub(super) fn restart(&mut self) {
+        (self.underway, self.due) = (None, Instant::now() + PAUSE);
     }
 
     /// Can be read when there is more of an answer.
@@ -48,7 +53,7 @@ impl Look {
                 return None;
             }
             let answer = decode_reply(line);
-            (self.underway, self.due) = (None, now + PAUSE);
+            self.restart();
             return match answer {
                 Ok(Reply::Status { status }) => Some(*status),
                 Ok(_) | Err(_) => None,

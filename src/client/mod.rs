@@ -42,18 +42,17 @@ pub(crate) fn receipts(master: &Master, json: bool) -> ExitCode {
 
 /// `upgrade [--wait[=FOR]] [--force] [--json] [--timeout D]`.
 pub(crate) fn upgrade(master: &Master, force: bool, stay: &Stay) -> ExitCode {
-    let request = Request::Upgrade { wait: wait_for(stay.wait), force };
-    run(master, |socket| {
-        ask_for_receipt(socket, &request, stay.json, Patience::new(stay.timeout), &mut stdout())
-    })
+    stay_for_receipt(master, &Request::Upgrade { wait: wait_for(stay.wait), force }, stay)
 }
 
 /// `rollback [--wait[=FOR]] [--json] [--timeout D]`.
 pub(crate) fn rollback(master: &Master, stay: &Stay) -> ExitCode {
-    let request = Request::Rollback { wait: wait_for(stay.wait) };
-    run(master, |socket| {
-        ask_for_receipt(socket, &request, stay.json, Patience::new(stay.timeout), &mut stdout())
-    })
+    stay_for_receipt(master, &Request::Rollback { wait: wait_for(stay.wait) }, stay)
+}
+
+fn stay_for_receipt(master: &Master, request: &Request, stay: &Stay) -> ExitCode {
+    let (waits, patience) = (stay.wait.is_some(), Patience::new(stay.timeout));
+    run(master, |socket| ask_for_receipt(socket, request, waits, stay.json, patience, &mut stdout()))
 }
 
 /// `scale N [--wait] [--timeout D]`.
@@ -146,18 +145,16 @@ fn wait_for(wait: Option<WaitFor>) -> Wait {
 fn ask_for_receipt(
     socket: &Path,
     request: &Request,
+    waits: bool,
     json: bool,
     patience: Patience,
     out: &mut impl Write,
 ) -> Result<(), ClientError> {
-    let (what, waits) = match request {
-        Request::Rollback { wait } => ("rollback", *wait != Wait::None),
-        Request::Upgrade { wait, .. } => ("upgrade", *wait != Wait::None),
-        _ => ("", false),
-    };
+    let is_upgrade = matches!(request, Request::Upgrade { .. });
     let (receipt, code) = match ask(socket, request, waits, patience) {
         Ok(Reply::Accepted) if json => return Ok(()),
-        Ok(Reply::Accepted) => return print(out, &format!("{what} accepted\n")),
+        Ok(Reply::Accepted) if is_upgrade => return print(out, "upgrade accepted\n"),
+        Ok(Reply::Accepted) => return print(out, "rollback accepted\n"),
         Ok(Reply::Receipt { receipt, code }) => (receipt, code),
         Ok(_) => return Err(ClientError::Unexpected { path: socket.to_owned() }),
         Err(ClientError::Refused { message, code, receipt: Some(receipt) }) if json => {
@@ -166,20 +163,19 @@ fn ask_for_receipt(
         }
         Err(error) => return Err(error),
     };
-    // A master that knows no rollback sends no code either.
-    let is_failed = code != 0 || what == "upgrade" && receipt.outcome != Outcome::Completed;
+    // An older master sends no code, but knows no rollback either: there an upgrade that was rolled back is a success.
+    let is_failed = code != 0 || is_upgrade && receipt.outcome != Outcome::Completed;
     let text = match json {
         true => as_json(&receipt)?,
-        // The error says the reason of a failure.
+        // The error says why.
         false if is_failed => receipt::render(&receipt, paint()),
         false => receipt::render_with_reason(&receipt, paint()),
     };
     print(out, &text)?;
-    if !is_failed {
-        return Ok(());
+    match is_failed {
+        true => Err(ClientError::NotCompleted { receipt, code }),
+        false => Ok(()),
     }
-    let reason = receipt::reason(&receipt).to_owned();
-    Err(ClientError::NotCompleted { outcome: receipt.outcome, reason, code })
 }
 
 /// The last reply to a request; what comes before it is shown as progress.
@@ -199,7 +195,7 @@ fn ask(socket: &Path, request: &Request, waits: bool, patience: Patience) -> Res
     }
 }
 
-/// A request that is done or not, and nothing more is to be said of it.
+/// A request of which there is nothing more to say than one of these two words.
 fn ask_for_done(
     socket: &Path,
     request: &Request,
@@ -211,11 +207,7 @@ fn ask_for_done(
     match ask(socket, request, waits, patience)? {
         Reply::Accepted => print(out, accepted),
         Reply::Done => print(out, done),
-        Reply::Status { .. }
-        | Reply::Progress { .. }
-        | Reply::Receipt { .. }
-        | Reply::Receipts { .. }
-        | Reply::Error { .. } => Err(ClientError::Unexpected { path: socket.to_owned() }),
+        _ => Err(ClientError::Unexpected { path: socket.to_owned() }),
     }
 }
 

@@ -36,10 +36,11 @@ impl Progress {
     /// Of a wait for the master at this socket.
     pub(super) fn new(socket: &Path) -> Self {
         let bar = ProgressBar::new_spinner();
-        // Cut to the terminal's width.
-        if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
+        // Cut to the terminal's width. No spinner: the time that runs shows the same.
+        if let Ok(style) = ProgressStyle::with_template("{wide_msg}") {
             bar.set_style(style);
         }
+        // Hidden where stderr is no terminal, or one that can't go back in a line.
         let live = (!bar.is_hidden()).then(|| Live {
             bar,
             look: Look::new(socket),
@@ -78,8 +79,11 @@ impl Progress {
                 if begins || live.text != text {
                     live.told = Instant::now();
                 }
-                // What was known of the last phase says nothing about this one.
-                live.status.take_if(|_| begins);
+                // What was asked in the last phase says nothing about this one, and what the master says now is newer.
+                if begins {
+                    live.look.restart();
+                }
+                live.status.take_if(|_| begins || ready.is_some());
                 (live.text, live.ready) = (text.to_owned(), ready);
                 self.draw();
             }
@@ -91,10 +95,11 @@ impl Progress {
 
     fn refresh(&mut self) {
         if let Some(live) = &mut self.live {
-            if let Some(status) = live.look.go_on() {
-                live.status = Some(status);
+            live.status = live.look.go_on().or(live.status.take());
+            // Once for each answer, or for each that fails to come.
+            if live.look.fd().is_none() {
+                self.draw();
             }
-            self.draw();
         }
     }
 

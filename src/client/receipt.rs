@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use reuseportd_wire::status::{Outcome, Phase, Receipt, ReceiptListener};
+use reuseportd_wire::status::{Outcome, Phase, Receipt, ReceiptListener, Trigger};
 
 use super::text::{Cell, Paint, Table, Tone, count, escape, microseconds, milliseconds, wrap};
 
@@ -11,7 +11,7 @@ pub(super) fn render(receipt: &Receipt, paint: Paint) -> String {
     let mut text = String::new();
     // Writing to a String can't fail.
     if let Some(by) = receipt.superseded_by {
-        let _ = writeln!(text, "superseded by a later wish, generation {by}, whose receipt this is:");
+        let _ = writeln!(text, "superseded by generation {by}, whose receipt this is:");
     }
     let _ = writeln!(text, "{}", paint.tone(tone(receipt.outcome), &headline(receipt)));
     let phases: Vec<_> =
@@ -80,19 +80,33 @@ pub(super) fn reason(receipt: &Receipt) -> &str {
 }
 
 fn headline(receipt: &Receipt) -> String {
+    let noun = noun(receipt);
     let what = match (receipt.from, receipt.to) {
-        (Some(from), Some(to)) => format!("upgrade from generation {from} to {to}"),
+        (Some(from), Some(to)) => format!("{noun} from generation {from} to {to}"),
         (None, Some(to)) => format!("launch of generation {to}"),
-        (Some(from), None) => format!("upgrade from generation {from}"),
-        (None, None) => "upgrade".to_owned(),
+        (Some(from), None) => format!("{noun} from generation {from}"),
+        (None, None) => noun.to_owned(),
     };
     let ended = ended(receipt.outcome);
     let took = milliseconds(receipt.duration_ms);
     format!("{what}: {ended} in {took} (by {}, {})", receipt.trigger, escape(&receipt.started_at))
 }
 
+/// `upgrade refused` and so on.
+pub(super) fn failure(receipt: &Receipt) -> String {
+    match (receipt.trigger, receipt.outcome) {
+        // "Rollback rolled back" would not tell much.
+        (Trigger::Rollback, Outcome::RolledBack) => "rollback failed".to_owned(),
+        (_, outcome) => format!("{} {}", noun(receipt), ended(outcome)),
+    }
+}
+
+fn noun(receipt: &Receipt) -> &'static str {
+    if receipt.trigger == Trigger::Rollback { "rollback" } else { "upgrade" }
+}
+
 /// How, in words.
-pub(super) fn ended(outcome: Outcome) -> String {
+fn ended(outcome: Outcome) -> String {
     outcome.as_str().replace('_', " ")
 }
 

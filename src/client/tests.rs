@@ -75,13 +75,13 @@ fn upgrade(wait: Option<WaitFor>) -> Request {
 
 fn upgraded(replies: &'static str, then: Then, wait: Option<WaitFor>, json: bool) -> (Request, Ended) {
     FakeMaster::says(replies, then)
-        .hears(|socket, out| ask_for_receipt(socket, &upgrade(wait), json, PATIENT, out))
+        .hears(|socket, out| ask_for_receipt(socket, &upgrade(wait), wait.is_some(), json, PATIENT, out))
 }
 
 fn rolled_back(replies: &'static str, json: bool) -> Ended {
     let request = Request::Rollback { wait: Wait::Retired };
     let (heard, ended) = FakeMaster::says(replies, Then::Close)
-        .hears(|socket, out| ask_for_receipt(socket, &request, json, PATIENT, out));
+        .hears(|socket, out| ask_for_receipt(socket, &request, true, json, PATIENT, out));
     assert_eq!(heard, request);
     ended
 }
@@ -166,13 +166,16 @@ upgrade from generation 3 to 4: rolled back in 12.0 s (by command, 2026-11-22T10
     let failed: &'static str = TAKEN_BACK.replace(r#""code":0"#, r#""code":1"#).leak();
     let ended = rolled_back(failed, false);
     assert_eq!((ended.code, ended.error.as_str()), (1, "upgrade rolled back: a rollback was asked for"));
+    let ended = rolled_back(failed.replace(r#""command""#, r#""rollback""#).leak(), false);
+    assert_eq!((ended.code, ended.error.as_str()), (1, "rollback failed: a rollback was asked for"));
+    assert!(ended.out.starts_with("rollback from generation 3 to 4: rolled back in"), "{ended:?}");
     let refusal = "{\"reply\":\"error\",\"message\":\"there is no generation before this one\"}\n";
     let ended = rolled_back(refusal, true);
     assert_eq!((ended.code, ended.out.as_str()), (1, ""), "{ended:?}");
     let request = Request::Rollback { wait: Wait::None };
     for (json, said) in [(false, "rollback accepted\n"), (true, "")] {
         let (_, ended) = FakeMaster::says("{\"reply\":\"accepted\"}\n", Then::Stay)
-            .hears(|socket, out| ask_for_receipt(socket, &request, json, PATIENT, out));
+            .hears(|socket, out| ask_for_receipt(socket, &request, false, json, PATIENT, out));
         assert_eq!((ended.code, ended.out.as_str()), (0, said));
     }
 }
@@ -192,8 +195,7 @@ fn a_wish_that_was_superseded_gets_its_successors_receipt_and_exit_code() {
     let by = |replies: &str| -> &'static str {
         replies.replace(r#""forced_kills""#, r#""superseded_by":6,"forced_kills""#).leak()
     };
-    let first =
-        "superseded by a later wish, generation 6, whose receipt this is:\nupgrade from generation 3 to 4: ";
+    let first = "superseded by generation 6, whose receipt this is:\nupgrade from generation 3 to 4: ";
     for (replies, code) in [(by(COMPLETED), 0), (by(ROLLED_BACK), 1)] {
         let (_, ended) = upgraded(replies, Then::Close, Some(WaitFor::Retired), false);
         assert_eq!(ended.code, code);
@@ -315,8 +317,9 @@ fn a_silent_master_ends_the_wait() {
     let patience = Patience { whole, ..HASTY };
     let slow = FakeMaster::says("{\"reply\":\"accepted\"}\n", Then::Stay);
     let began = Instant::now();
-    let (_, ended) = slow
-        .hears(|socket, out| ask_for_receipt(socket, &upgrade(Some(WaitFor::Retired)), false, patience, out));
+    let (_, ended) = slow.hears(|socket, out| {
+        ask_for_receipt(socket, &upgrade(Some(WaitFor::Retired)), true, false, patience, out)
+    });
     assert_eq!(ended.code, 4);
     assert!(began.elapsed() >= Duration::from_millis(120));
     assert!(ended.error.contains("--timeout of 120 ms passed"), "{ended:?}");
@@ -335,7 +338,10 @@ fn a_master_that_accepts_nobody_ends_the_wait() {
     queued.connect(&address).unwrap();
     assert_eq!(end(show_status(&socket, false, HASTY, &mut Vec::new())).code, 1);
     let patience = Patience { whole: Some(Duration::from_millis(20)), ..HASTY };
-    assert_eq!(end(ask_for_receipt(&socket, &upgrade(None), false, patience, &mut Vec::new())).code, 4);
+    assert_eq!(
+        end(ask_for_receipt(&socket, &upgrade(None), false, false, patience, &mut Vec::new())).code,
+        4
+    );
 }
 
 #[test]

@@ -293,6 +293,7 @@ pub(super) struct Program {
     inode: u64,
     size: u64,
     ctime: (i64, i64),
+    mtime: (i64, i64),
     is_script: bool,
 }
 
@@ -300,14 +301,16 @@ impl Carry for PinnedExecutable {
     type Rest = Program;
 
     fn parts(&self) -> (Vec<BorrowedFd<'_>>, Program) {
-        let FileIdentity { dev, inode, size, ctime } = self.identity();
-        let program = Program { path: self.path(), dev, inode, size, ctime, is_script: self.is_script() };
+        let FileIdentity { dev, inode, size, ctime, mtime } = self.identity();
+        let (path, is_script) = (self.path(), self.is_script());
+        let program = Program { path, dev, inode, size, ctime, mtime, is_script };
         (vec![self.fd()], program)
     }
 
     fn join(fds: Vec<OwnedFd>, program: Program) -> io::Result<PinnedExecutable> {
-        let Program { path, dev, inode, size, ctime, is_script } = program;
-        PinnedExecutable::from_fd(&path, only(fds)?, FileIdentity { dev, inode, size, ctime }, is_script)
+        let Program { path, dev, inode, size, ctime, mtime, is_script } = program;
+        let identity = FileIdentity { dev, inode, size, ctime, mtime };
+        PinnedExecutable::from_fd(&path, only(fds)?, identity, is_script)
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use reuseportd_core::{Event, StopMode, Ticket, Trigger, Wait};
+use reuseportd_core::{Asked, Event, Number, Reason, Seat, StopMode, Ticket, Trigger, Wait};
 use reuseportd_sys::socket;
 use reuseportd_wire::control::{self, REQUEST_BYTES_MAX, Reply, Request};
 use reuseportd_wire::status::{Outcome, Phase};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Shell;
 use super::carried::Carried;
+use super::reload::Refusal;
 
 /// Clients at a time; more are turned away at once.
 const CLIENTS_MAX: usize = 256;
@@ -195,14 +196,38 @@ impl Shell {
                     self.inbox.push_back(Event::Hurry);
                 }
             }
-            Ok(
-                Request::Rollback { .. }
-                | Request::Scale { .. }
-                | Request::RestartWorker { .. }
-                | Request::Receipts {},
-            ) => {
-                let message = "not there yet".to_owned();
-                self.clients.reply(number, &Reply::Error { message, code: 1, receipt: None }, true);
+            Ok(Request::Receipts {}) => {
+                let receipts = self.receipts.iter().map(|(_, receipt)| receipt.clone()).collect();
+                self.clients.reply(number, &Reply::Receipts { receipts }, true);
+            }
+            Ok(Request::Rollback { wait }) => {
+                let wait = core_wait(wait);
+                let asked = self.roll_back(Ticket(number), wait);
+                self.taken(number, asked, wait.is_some());
+            }
+            Ok(Request::Scale { workers, wait }) => {
+                let workers = u16::try_from(workers).ok().filter(|workers| (1..=1024).contains(workers));
+                match workers {
+                    Some(workers) => {
+                        self.accepted(number, wait);
+                        let (to, by) = (Number::Exactly(workers), wait.then_some(Ticket(number)));
+                        self.inbox.push_back(Event::Scale { to, by });
+                    }
+                    None => {
+                        let message = "a service has 1 to 1024 workers".to_owned();
+                        self.clients.reply(number, &Reply::Error { message, code: 2, receipt: None }, true);
+                    }
+                }
+            }
+            Ok(Request::RestartWorker { seat, wait }) => {
+                // No generation has so many seats that the core would not refuse this one.
+                let seat = Seat(u16::try_from(seat).unwrap_or(u16::MAX));
+                if let Some(reason) = self.core.keeps_worker(seat) {
+                    let message = self.reason(reason);
+                    return self.clients.reply(number, &Reply::Error { message, code: 1, receipt: None }, true);
+                }
+                self.accepted(number, wait);
+                self.inbox.push_back(Event::Replace { seat, by: wait.then_some(Ticket(number)) });
             }
             Ok(Request::Reexec {}) => {
                 self.accepted(number, true);
@@ -224,13 +249,15 @@ impl Shell {
     }
 
     fn request_upgrade(&mut self, number: u32, wait: control::Wait) {
-        let by = match wait {
-            control::Wait::None => None,
-            control::Wait::Retired => Some((Ticket(number), Wait::Retired)),
-            control::Wait::Drained => Some((Ticket(number), Wait::Drained)),
-        };
-        match self.trigger(Trigger::Command, by) {
-            Ok(()) => self.accepted(number, by.is_some()),
+        let wait = core_wait(wait);
+        let asked = self.trigger(Trigger::Command, wait.map(|wait| (Ticket(number), wait)));
+        self.taken(number, asked, wait.is_some());
+    }
+
+    /// Whether the wish was taken.
+    fn taken(&mut self, number: u32, asked: Result<(), Refusal>, wait: bool) {
+        match asked {
+            Ok(()) => self.accepted(number, wait),
             Err(refusal) => {
                 let receipt = self.receipts.back().map(|(_, receipt)| Box::new(receipt.clone()));
                 let reply = Reply::Error { message: refusal.text, code: refusal.code, receipt };
@@ -248,22 +275,42 @@ impl Shell {
         self.clients.reply(to.0, &reply, true);
     }
 
-    /// The end of a client's wait.
-    pub(super) fn answer(&mut self, to: Ticket, receipt: Option<u32>) {
-        // The end of a stop: the connection is closed by the end of this process, so that its client sees that end.
-        let Some(serial) = receipt else { return self.clients.reply(to.0, &Reply::Done, false) };
-        let receipt = self
-            .receipts
-            .iter()
-            .rev()
-            .find(|(number, _)| *number == Some(serial))
-            .map(|(_, receipt)| receipt);
-        let reply = match receipt {
-            Some(receipt) => Reply::Receipt { receipt: Box::new(receipt.clone()), code: u8::from(receipt.outcome != Outcome::Completed) },
+    /// The end of a client's wait for an upgrade.
+    pub(super) fn answer(&mut self, to: Ticket, serial: u32, asked: Asked) {
+        let known = self.receipts.iter().rev().find(|(number, _)| *number == Some(serial));
+        let reply = match known {
+            Some((_, receipt)) => {
+                let mut receipt = Box::new(receipt.clone());
+                if asked == Asked::Earlier {
+                    receipt.superseded_by = receipt.to;
+                }
+                let is_so = match asked {
+                    Asked::This | Asked::Earlier => receipt.outcome == Outcome::Completed,
+                    Asked::Back => receipt.outcome == Outcome::RolledBack,
+                };
+                Reply::Receipt { receipt, code: u8::from(!is_so) }
+            }
             None => {
                 Reply::Error { message: "the receipt is no longer kept".to_owned(), code: 1, receipt: None }
             }
         };
         self.clients.reply(to.0, &reply, true);
+    }
+
+    /// The end of a client's wait for workers.
+    pub(super) fn answer_done(&mut self, to: Ticket, failure: Option<Reason>) {
+        let reply = match failure {
+            None => Reply::Done,
+            Some(reason) => Reply::Error { message: self.reason(reason), code: 1, receipt: None },
+        };
+        self.clients.reply(to.0, &reply, true);
+    }
+}
+
+fn core_wait(wait: control::Wait) -> Option<Wait> {
+    match wait {
+        control::Wait::None => None,
+        control::Wait::Retired => Some(Wait::Retired),
+        control::Wait::Drained => Some(Wait::Drained),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
-use std::ffi::{CString, NulError};
+use std::ffi::{CString, NulError, OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +29,9 @@ use super::seats::FIRST_NUMBER;
 use super::{Shell, clock};
 use crate::config::{self, Bind, Config, Listen, Output as OutputMode, ReadinessMethod};
 
+/// The number of the config of workers that were found without a master.
+pub(super) const UNKNOWN_CONFIG: u64 = u64::MAX;
+
 /// What the workers of one generation are started from, however often: the config and the program as they were when
 /// the generation was asked for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -37,8 +40,11 @@ pub(super) struct Launch {
     pub(super) executable: Carried<PinnedExecutable>,
     /// The groups of its listeners, in the config's order.
     pub(super) groups: Vec<GroupId>,
+    /// Names the config: the same for equal ones.
+    #[serde(default)]
+    pub(super) config_number: u64,
     /// `environment` and `environment_file`, read once.
-    variables: BTreeMap<String, String>,
+    pub(super) variables: BTreeMap<String, String>,
     /// Of the executable; worked out when somebody asks.
     #[serde(skip)]
     pub(super) sha256: OnceCell<Option<String>>,
@@ -67,6 +73,26 @@ pub(super) enum LaunchError {
          worker; give the master CAP_BPF, or use \"notify\""
     )]
     Readiness { method: &'static str, with: &'static str },
+    #[error("upgrade.check: {0}")]
+    Check(String),
+    #[error(
+        "upgrade.{key} needs an engine that steers, and there is none here (see `reuseportd doctor`); leave it out"
+    )]
+    NoEngine { key: &'static str },
+    #[error(
+        "its program {path} was overwritten in place since, and can't be brought back: replace programs by renaming a \
+         new file over them"
+    )]
+    Overwritten { path: String },
+    #[error(
+        "its program {path} is a script, which can't be held, and another file is there now: put the old one back, and \
+         upgrade to it"
+    )]
+    NoScript { path: String },
+    #[error("its workers were found without a master: from what they were started nobody knows")]
+    Unknown,
+    #[error("its program can't be held once more: {0}")]
+    Descriptor(io::Error),
     #[error("no steering for a new listener: {0}")]
     Steering(#[from] BpfError),
 }
@@ -79,6 +105,7 @@ impl Launch {
         groups: &mut Groups,
     ) -> Result<Launch, LaunchError> {
         check_readiness(&config, groups.choice.engine)?;
+        check_steering(&config, groups.choice.engine)?;
         config.app.check_identity()?;
         let notify = runtime.notify_path();
         let failed = |source| LaunchError::Notify { path: notify.display().to_string(), source };
@@ -96,8 +123,41 @@ impl Launch {
         let executable = identity::or_as_user(uid, || PinnedExecutable::open(&path))
             .map(Carried::new)
             .map_err(|source| LaunchError::Open { path: path.display().to_string(), source })?;
-        let groups = groups.open(&config.listen)?;
-        Ok(Launch { config, executable, groups, variables, sha256: OnceCell::new() })
+        let mut launch = Launch {
+            config,
+            executable,
+            groups: Vec::new(),
+            config_number: 0,
+            variables,
+            sha256: OnceCell::new(),
+        };
+        // It is looked for again whenever it runs; that it is not there is better known before.
+        launch.find_check()?;
+        launch.groups = groups.open(&launch.config.listen)?;
+        Ok(launch)
+    }
+
+    /// The same config and environment and the very same program, for another generation.
+    pub(super) fn again(&self, groups: &mut Groups) -> Result<Launch, LaunchError> {
+        if self.config_number == UNKNOWN_CONFIG {
+            return Err(LaunchError::Unknown);
+        }
+        let path = self.executable.path();
+        let shown = || path.display().to_string();
+        if self.executable.is_script() && !self.executable.is_same_at_path() {
+            return Err(LaunchError::NoScript { path: shown() });
+        }
+        if !self.executable.is_intact() {
+            return Err(LaunchError::Overwritten { path: shown() });
+        }
+        Ok(Launch {
+            config: Rc::clone(&self.config),
+            executable: Carried::new(self.executable.try_clone().map_err(LaunchError::Descriptor)?),
+            groups: groups.open(&self.config.listen)?,
+            config_number: self.config_number,
+            variables: self.variables.clone(),
+            sha256: self.sha256.clone(),
+        })
     }
 
     /// Its listeners with their groups.
@@ -110,56 +170,82 @@ impl Launch {
         (FIRST_NUMBER..).nth(self.seat_listeners().count()).unwrap_or(FIRST_NUMBER)
     }
 
-    fn environment(
+    /// What the master tells workers and checks alike.
+    pub(super) fn own_variables(&self, generation: Generation) -> Vec<(&'static str, String)> {
+        let listen = self.config.listen.iter().map(|listen| env::Listen {
+            name: listen.name.clone(),
+            protocol: env::Protocol::Tcp,
+            address: listen.address,
+        });
+        vec![
+            (env::APP, self.config.app.name.clone()),
+            (env::GENERATION, generation.0.to_string()),
+            (env::LISTEN, env::format_listen(&listen.collect::<Vec<_>>())),
+        ]
+    }
+
+    /// What the master tells a worker.
+    fn worker_variables(
         &self,
         shell: &Shell,
         generation: Generation,
         seat: Seat,
-    ) -> Result<Vec<CString>, NulError> {
-        let mut variables: BTreeMap<std::ffi::OsString, std::ffi::OsString> =
-            std::env::vars_os().filter(|(name, _)| !env::OWNED.iter().any(|owned| name == owned)).collect();
-        // Stderr is no longer what the service manager gave: a worker that believed so would log past the master.
-        variables.remove(std::ffi::OsStr::new("JOURNAL_STREAM"));
-        for (name, value) in &self.config.app.login {
-            match value {
-                Some(value) => variables.insert(name.into(), value.into()),
-                None => variables.remove(std::ffi::OsStr::new(name)),
-            };
-        }
-        variables.extend(self.variables.iter().map(|(name, value)| (name.into(), value.into())));
-        let app = &self.config.app;
-        let listen: Vec<env::Listen> = self
-            .config
-            .listen
-            .iter()
-            .map(|listen| env::Listen {
-                name: listen.name.clone(),
-                protocol: env::Protocol::Tcp,
-                address: listen.address,
-            })
-            .collect();
-        let mut own = vec![
-            (env::APP, app.name.clone()),
-            (env::GENERATION, generation.0.to_string()),
+    ) -> Vec<(&'static str, String)> {
+        let mut own = self.own_variables(generation);
+        own.extend([
             (env::SEAT, seat.0.to_string()),
-            (env::WORKERS, app.workers.to_string()),
-            (env::LISTEN, env::format_listen(&listen)),
+            (env::WORKERS, shell.core.seats(generation).to_string()),
             (env::CHANNEL, self.channel_number().to_string()),
-        ];
+        ]);
         if let Some(timeout) = self.config.watchdog {
             own.push((env::WATCHDOG_USEC, timeout.as_micros().to_string()));
         }
         own.extend(self.seat_variables(generation));
+        own
+    }
+
+    /// The whole environment, with these variables of the master's own.
+    pub(super) fn environment(&self, own: Vec<(&'static str, String)>) -> Result<Vec<CString>, NulError> {
+        let mut variables: BTreeMap<OsString, OsString> =
+            std::env::vars_os().filter(|(name, _)| !env::OWNED.iter().any(|owned| name == owned)).collect();
+        // Stderr is no longer what the service manager gave: a worker that believed so would log past the master.
+        variables.remove(OsStr::new("JOURNAL_STREAM"));
+        for (name, value) in &self.config.app.login {
+            match value {
+                Some(value) => variables.insert(name.into(), value.into()),
+                None => variables.remove(OsStr::new(name)),
+            };
+        }
+        variables.extend(self.variables.iter().map(|(name, value)| (name.into(), value.into())));
         variables.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
-        variables.insert(env::NOTIFY_SOCKET.into(), shell.runtime.notify_path().into());
-        variables
-            .into_iter()
-            .map(|(mut entry, value)| {
-                entry.push("=");
-                entry.push(value);
-                CString::new(entry.as_bytes())
-            })
-            .collect()
+        let entries = variables.into_iter().map(|(mut entry, value)| {
+            entry.push("=");
+            entry.push(value);
+            CString::new(entry.as_bytes())
+        });
+        entries.collect()
+    }
+
+    /// Where its processes start.
+    pub(super) fn directory(&self) -> Result<Option<CString>, NulError> {
+        let directory = self.config.app.working_directory.as_ref();
+        directory.map(|directory| CString::new(directory.as_os_str().as_bytes())).transpose()
+    }
+
+    /// Their resource limits: open files as the master found them, unless the config says otherwise.
+    pub(super) fn limits(&self, found: Option<super::Limits>) -> Vec<Limit> {
+        // The configured limits come last, and win.
+        let inherited = found.map(|limits| Limit {
+            resource: Resource::RLIMIT_NOFILE as u32,
+            soft: limits.soft.unwrap_or(u64::MAX),
+            hard: limits.hard.unwrap_or(u64::MAX),
+        });
+        let configured = self.config.app.limits.iter().map(|(resource, value)| Limit {
+            resource: *resource as u32,
+            soft: *value,
+            hard: *value,
+        });
+        inherited.into_iter().chain(configured).collect()
     }
 }
 
@@ -195,7 +281,9 @@ impl Shell {
         let app = &launch.config.app;
         let argv = launch.config.expand_command(generation.0, seat.0);
         let argv = argv.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>().map_err(nul)?;
-        let envp = launch.environment(self, generation, seat).map_err(nul)?;
+        let mut own = launch.worker_variables(self, generation, seat);
+        own.push((env::NOTIFY_SOCKET, self.runtime.notify_path().to_string_lossy().into_owned()));
+        let envp = launch.environment(own).map_err(nul)?;
         let (channel, theirs) = socket::seqpacket_pair().map_err(prepare)?;
         rustix::io::ioctl_fionbio(&channel, true).map_err(|error| prepare(error.into()))?;
         let null = File::open("/dev/null").map_err(prepare)?;
@@ -213,21 +301,7 @@ impl Shell {
             (theirs.as_fd(), launch.channel_number()),
         ];
         fds.extend(self.seat_fds(launch, seat));
-        let directory =
-            app.working_directory.as_ref().map(|directory| CString::new(directory.as_os_str().as_bytes()));
-        let directory = directory.transpose().map_err(nul)?;
-        // The configured limits come last, and win.
-        let inherited = self.limits.map(|limits| Limit {
-            resource: Resource::RLIMIT_NOFILE as u32,
-            soft: limits.soft.unwrap_or(u64::MAX),
-            hard: limits.hard.unwrap_or(u64::MAX),
-        });
-        let configured = app.limits.iter().map(|(resource, value)| Limit {
-            resource: *resource as u32,
-            soft: *value,
-            hard: *value,
-        });
-        let limits: Vec<Limit> = inherited.into_iter().chain(configured).collect();
+        let directory = launch.directory().map_err(nul)?;
         let listen_pid = launch.seat_listeners().next().map(|_| env::LISTEN_PID);
         let watchdog_pid = launch.config.watchdog.map(|_| env::WATCHDOG_PID);
         let pid_variables: Vec<_> = listen_pid.into_iter().chain(watchdog_pid).collect();
@@ -241,14 +315,14 @@ impl Shell {
             identity: &app.identity,
             cpus: app.cpu_by_seat.then(|| cpu_of(seat)).transpose().map_err(prepare)?,
             directory: directory.as_deref(),
-            limits: &limits,
+            limits: &launch.limits(self.limits),
             no_new_privileges: app.no_new_privileges,
         };
         let spawned = child::spawn(&spec).map_err(|error| {
             let path = launch.executable.path();
             (format!("{}: {error}", path.display()), error.errno)
         })?;
-        let output = pipe.map(|(reader, _)| Output::new(reader, generation.0, seat.0, spawned.pid));
+        let output = pipe.map(|(reader, _)| Output::of_worker(reader, generation.0, seat.0, spawned.pid));
         Ok(process(generation, seat, spawned, channel, output))
     }
 }
@@ -264,6 +338,20 @@ fn check_readiness(config: &Config, engine: Engine) -> Result<(), LaunchError> {
             Err(LaunchError::Readiness { method: "listen", with: " where bind = \"master\"" })
         }
         ReadinessMethod::Listen | ReadinessMethod::Notify => Ok(()),
+    }
+}
+
+/// Whether new connections can be divided, where the config wants that.
+fn check_steering(config: &Config, engine: Engine) -> Result<(), LaunchError> {
+    let upgrade = &config.upgrade;
+    let wanted = [
+        ("canary", !upgrade.canary.is_empty()),
+        ("bake", !upgrade.bake.is_zero()),
+        ("batch", upgrade.batch.is_some()),
+    ];
+    match wanted.iter().find(|(_, wanted)| *wanted && engine == Engine::None) {
+        Some((key, _)) => Err(LaunchError::NoEngine { key }),
+        None => Ok(()),
     }
 }
 

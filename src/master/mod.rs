@@ -3,6 +3,7 @@
 
 mod carried;
 mod channel;
+mod checks;
 mod clock;
 mod control;
 mod exchange;
@@ -102,6 +103,8 @@ struct Shell {
     /// What generations are started from, for those whose number is not known yet, in order.
     prepared: VecDeque<Launch>,
     launches: BTreeMap<Generation, Launch>,
+    /// The last number a config was given.
+    config_last: u64,
     processes: BTreeMap<WorkerId, Process>,
     listeners: Listeners,
     groups: Groups,
@@ -113,6 +116,10 @@ struct Shell {
     proofs: BTreeMap<WorkerId, Vec<prove::Proof>>,
     /// Requests to prove workers, until they are answered.
     exchanges: BTreeMap<WorkerId, exchange::Exchange>,
+    /// Checks that run.
+    checks: BTreeMap<u32, checks::Check>,
+    /// What the last one said.
+    check_words: Option<String>,
     receipts: VecDeque<(Option<u32>, wire::Receipt)>,
     /// Why the upgrade under way fails, in words: said while the worker's last words are still known.
     failing: Option<String>,

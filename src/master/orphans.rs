@@ -16,7 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::carried::{Carried, Pidfd};
 use super::journal::{self, Entry, JournalError, Slots};
-use super::launch::Launch;
+use super::launch::{Launch, UNKNOWN_CONFIG};
 use super::output::Output;
 use super::process::{LastLines, Process};
 use super::start::NoStart;
@@ -63,7 +63,8 @@ impl Shell {
         entries.sort_by_key(|entry| (entry.seat, Reverse(entry.generation)));
         let generation = Generation(entries.iter().map(|entry| entry.generation).max().unwrap_or(1));
         let launch = Launch::prepare(Rc::clone(&self.config), &self.runtime, &mut self.groups);
-        let launch = launch.map_err(|error| error.to_string())?;
+        let mut launch = launch.map_err(|error| error.to_string())?;
+        launch.config_number = UNKNOWN_CONFIG;
         let plan = reload::plan(&launch, self.groups.choice.engine);
         let (mut workers, mut seen) = (Vec::new(), BTreeSet::new());
         for (number, entry) in (0..).zip(&entries) {
@@ -88,7 +89,8 @@ impl Shell {
             "{count} workers have neither master nor keeper: they serve until new ones do"
         );
         self.adopted = true;
-        let plan = Plan { workers: u16::try_from(count).unwrap_or(u16::MAX), ..plan };
+        let seats = u16::try_from(count).unwrap_or(u16::MAX);
+        let plan = Plan { workers: seats, configured: seats, ..plan };
         let cookies_of = |(id, listen): (GroupId, &Listen)| {
             let is_its = |slots: &&Slots| (slots.address, slots.v6only) == listen.place();
             Some((id, slots.iter().find(is_its)?.cookies.clone()))
@@ -194,7 +196,7 @@ fn orphan(entry: &Entry, generation: Generation, seat: Seat, output: OutputMode)
         OutputMode::Tag => output_of(&process).ok(),
         OutputMode::Inherit => None,
     };
-    let output = reader.map(|reader| Output::new(reader, generation.0, seat.0, entry.pid));
+    let output = reader.map(|reader| Output::of_worker(reader, generation.0, seat.0, entry.pid));
     Ok(Process {
         generation,
         seat,

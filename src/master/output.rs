@@ -34,9 +34,13 @@ impl Output {
         Ok((reader, writer))
     }
 
-    pub(super) fn new(pipe: OwnedFd, generation: u32, seat: u16, pid: i32) -> Output {
-        let pipe = Carried::new(LogPipe::from(pipe));
-        Output { pipe, tag: format!("[g{generation} s{seat} {pid}] "), rest: Vec::new() }
+    pub(super) fn of_worker(pipe: OwnedFd, generation: u32, seat: u16, pid: i32) -> Output {
+        Output::new(pipe, format!("[g{generation} s{seat} {pid}] "))
+    }
+
+    /// Each line is passed on with this before it.
+    pub(super) fn new(pipe: OwnedFd, tag: String) -> Output {
+        Output { pipe: Carried::new(LogPipe::from(pipe)), tag, rest: Vec::new() }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use reuseportd_core::{Command, Event, Generation, GroupId, ListenerId, Report, Signal, WorkerId};
 use reuseportd_sys::{pidfd, socket};
+use reuseportd_wire::control::Reply;
 
 use super::Shell;
 use super::groups::errno;
@@ -76,7 +77,12 @@ impl Shell {
             Command::Save => self.saving.is_asked_for = true,
             Command::StartKeeper => self.start_keeper(),
             Command::ReplyReexec { to, done } => self.answer_reexec(to, done),
-            Command::Reply { to, receipt } => self.answer(to, receipt),
+            Command::Check { run, generation } => self.start_check(run, generation),
+            Command::EndCheck { run } => self.end_check(run),
+            Command::Reply { to, receipt, asked } => self.answer(to, receipt, asked),
+            Command::ReplyDone { to, failure } => self.answer_done(to, failure),
+            // The connection is closed by the end of this process, so that its client sees that end.
+            Command::ReplyStopped { to } => self.clients.reply(to.0, &Reply::Done, false),
             Command::Report(report) => self.tell_people(report),
             Command::Exit { code } => self.exit = Some(code),
         }
@@ -205,7 +211,6 @@ impl Shell {
             Report::Failing(_, reason) => self.failing = Some(self.reason(*reason)),
             Report::Drained(generation) => {
                 self.groups.fold_counters(*generation);
-                self.launches.remove(generation);
                 self.close_groups();
             }
             // Of two that wait the earlier one is dropped.
@@ -218,6 +223,11 @@ impl Shell {
             Report::LeftoversLost(listener, count) => self.note_leftovers(*listener, 0, *count),
             Report::WorkerReady(_)
             | Report::Queued(_)
+            | Report::Shared(..)
+            | Report::Rolled(..)
+            | Report::SteeredBack(..)
+            | Report::Scaled(..)
+            | Report::SeatReplaced(..)
             | Report::Entered(..)
             | Report::Switched(_)
             | Report::WorkerExited { .. }
@@ -263,8 +273,11 @@ impl Shell {
 
     /// Groups that no generation listens in are let go of.
     fn close_groups(&mut self) {
-        let launches = self.launches.values().chain(&self.prepared);
-        let used = launches.flat_map(|launch| launch.groups.iter().copied()).collect();
+        // What may be brought back keeps its program, but no address.
+        self.launches.retain(|generation, _| self.core.remembers(*generation));
+        let present = self.core.status().generations;
+        let present = present.iter().filter_map(|view| self.launches.get(&view.generation));
+        let used = present.chain(&self.prepared).flat_map(|launch| launch.groups.iter().copied()).collect();
         self.groups.keep(&used);
         self.views.retain(|group, _| used.contains(group));
     }

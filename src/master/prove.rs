@@ -20,12 +20,15 @@ const HANDSHAKE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// A connection made to prove a listener.
 #[derive(Debug)]
 pub(super) struct Proof {
+    listener: ListenerId,
     /// Held until the worker has accepted it; an answer comes over it.
     connection: Socket,
     source: SocketAddr,
     port: u16,
     /// Others may accept from this listener too.
     is_shared: bool,
+    /// The worker has accepted it; what it does with it since then is no matter.
+    is_passed: bool,
 }
 
 /// What became of one.
@@ -43,7 +46,8 @@ impl Proof {
         let ours =
             listed.iter().find(|socket| socket.remote == self.source && socket.local.port() == self.port);
         match ours {
-            Some(socket) if socket.inode == 0 && socket.state != states::SYN_RECV => Fate::Waits,
+            // Without an inode it has not been accepted, or was, and has been closed.
+            Some(socket) if socket.inode == 0 && IN_QUEUE & socket.state != 0 => Fate::Waits,
             Some(socket) => Fate::Accepted(socket.inode.into()),
             None => Fate::Accepted(0),
         }
@@ -56,30 +60,41 @@ impl Shell {
         if self.exchanges.contains_key(&worker) {
             return Verdict::Waiting;
         }
-        if !self.proofs.contains_key(&worker) {
-            match self.connect_to_all(worker) {
-                Ok(proofs) => drop(self.proofs.insert(worker, proofs)),
-                Err(error) => {
-                    tracing::warn!(pid = self.pid(worker), %error, "cannot connect to a worker to prove it");
-                    return Verdict::Waiting;
-                }
+        let proofs = self.proofs.remove(&worker).map_or_else(|| self.connect_to_all(worker), Ok);
+        let proofs = proofs.and_then(|mut proofs| {
+            proofs.iter_mut().try_for_each(|proof| self.follow(worker, proof)).map(|()| proofs)
+        });
+        let proofs = match proofs {
+            Ok(proofs) if proofs.iter().all(|proof| proof.is_passed) => proofs,
+            Ok(proofs) => {
+                self.proofs.insert(worker, proofs);
+                return Verdict::Waiting;
             }
-        }
-        let proofs = self.proofs.get(&worker).map(Vec::as_slice).unwrap_or_default();
-        let verdicts: Option<Vec<bool>> =
-            proofs.iter().map(|proof| self.is_accepted(worker, proof)).collect();
-        let Some(verdicts) = verdicts else { return Verdict::Waiting };
-        let proofs = self.proofs.remove(&worker).unwrap_or_default();
-        if !verdicts.into_iter().all(|is_its| is_its) {
-            // Another process was faster: the next look tries again.
-            return Verdict::Waiting;
-        }
+            Err(error) => {
+                tracing::warn!(pid = self.pid(worker), %error, "cannot connect to a worker to prove it");
+                return Verdict::Waiting;
+            }
+        };
         let asked = self.launch_of(worker).map(|launch| &launch.config).filter(|config| is_asked(config));
         let request = asked.map(|config| request(&config.readiness.path, &config.listen));
         match request.zip(proofs.into_iter().next()) {
             Some((request, proof)) => self.ask(worker, proof.connection, &request),
             None => Verdict::Passed,
         }
+    }
+
+    /// Looks what became of it. Where another process was faster it is made anew at once: looks are far apart, and under
+    /// load the older worker of a seat wins as often as not.
+    fn follow(&self, worker: WorkerId, proof: &mut Proof) -> io::Result<()> {
+        if proof.is_passed {
+            return Ok(());
+        }
+        match self.is_accepted(worker, proof) {
+            None => {}
+            Some(true) => proof.is_passed = true,
+            Some(false) => *proof = self.connect_to(proof.listener, proof.is_shared)?,
+        }
+        Ok(())
     }
 
     /// Whether the worker accepted it (`true`), or another process; `None` as long as it waits.
@@ -141,10 +156,11 @@ impl Shell {
                 _ => connection.take_error()?.map_or(Ok(()), Err),
             }
         })?;
-        Ok(Proof { connection, source, port: target.port(), is_shared })
+        Ok(Proof { listener: id, connection, source, port: target.port(), is_shared, is_passed: false })
     }
 }
 
+/// States of a connection that nobody has closed at its worker's end.
+const IN_QUEUE: u32 = states::ESTABLISHED | states::CLOSE_WAIT;
 /// States of a connection, on its way or made.
-const HAS_PEER: u32 =
-    states::SYN_RECV | states::ESTABLISHED | states::CLOSE_WAIT | states::FIN_WAIT1 | states::FIN_WAIT2;
+const HAS_PEER: u32 = IN_QUEUE | states::SYN_RECV | states::FIN_WAIT1 | states::FIN_WAIT2;

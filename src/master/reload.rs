@@ -2,7 +2,10 @@
 
 use std::rc::Rc;
 
-use reuseportd_core::{Breaker, Engine, Event, Notice, Plan, Readiness, StopWhen, Ticket, Trigger, Wait};
+use reuseportd_core::{
+    Before, Breaker, CanaryStep, Engine, Event, Generation, Notice, Plan, Readiness, StopWhen, Ticket,
+    Trigger, Wait,
+};
 use reuseportd_wire::status as wire;
 
 use super::launch::Launch;
@@ -39,8 +42,72 @@ impl Shell {
         })?;
         let refuse = |text: String| (text.clone(), Refusal { text, code: 1 });
         self.check_change(&config).map_err(refuse)?;
-        let launch = Launch::prepare(Rc::new(config), &self.runtime, &mut self.groups)
+        let mut launch = Launch::prepare(Rc::new(config), &self.runtime, &mut self.groups)
             .map_err(|error| refuse(error.to_string()))?;
+        launch.config_number = self.number_of(&launch.config);
+        let plan = plan(&launch, self.groups.choice.engine);
+        Ok((launch, plan))
+    }
+
+    /// Equal configs have the same number.
+    fn number_of(&mut self, config: &Config) -> u64 {
+        let known = self.launches.values().chain(&self.prepared).find(|launch| *launch.config == *config);
+        match known {
+            Some(launch) => launch.config_number,
+            None => {
+                self.config_last += 1;
+                self.config_last
+            }
+        }
+    }
+
+    /// `rollback`: takes the present upgrade back, or asks the core for one to the generation before.
+    pub(super) fn roll_back(&mut self, by: Ticket, wait: Option<Wait>) -> Result<(), Refusal> {
+        let refused = |text: String| Refusal { text, code: 1 };
+        let before = match self.core.before() {
+            Before::Present => {
+                self.inbox.push_back(Event::TakeBack { by: wait.map(|_| by) });
+                return Ok(());
+            }
+            Before::Past(generation) => generation,
+            Before::Nothing => {
+                let text = "there is no generation before the present one that could be brought back";
+                self.refused(Trigger::Rollback, text);
+                return Err(refused(text.to_owned()));
+            }
+        };
+        match self.prepare_again(before) {
+            Ok((launch, plan)) => {
+                self.prepared.push_back(launch);
+                let by = wait.map(|wait| (by, wait));
+                self.inbox.push_back(Event::Upgrade { plan, trigger: Trigger::Rollback, by });
+                Ok(())
+            }
+            Err(text) => {
+                self.refused(Trigger::Rollback, &text);
+                Err(refused(text))
+            }
+        }
+    }
+
+    fn prepare_again(&mut self, generation: Generation) -> Result<(Launch, Plan), String> {
+        let failed = |error: &dyn std::fmt::Display| {
+            format!("generation {} can't be brought back: {error}", generation.0)
+        };
+        let launch = self.launches.get(&generation).ok_or("nothing is known of it any more");
+        let config = launch.map_err(|error| failed(&error))?.config.clone();
+        self.check_change(&config).map_err(|error| failed(&error))?;
+        let launch = self.launches.get(&generation).map(|launch| launch.again(&mut self.groups));
+        let launch = launch.ok_or_else(String::new)?.map_err(|error| failed(&error))?;
+        if launch.executable.is_script() {
+            let path = launch.executable.path();
+            tracing::warn!(
+                event = "not_pinned",
+                generation = generation.0,
+                "{} is a script: what it loads is what is there now",
+                path.display()
+            );
+        }
         let plan = plan(&launch, self.groups.choice.engine);
         Ok((launch, plan))
     }
@@ -129,7 +196,9 @@ pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
     };
     let (upgrade, restart) = (&config.upgrade, &config.restart);
     Plan {
+        config: launch.config_number,
         workers: config.app.workers,
+        configured: config.app.workers,
         groups: launch.groups.clone(),
         seat_groups: launch.seat_listeners().map(|(group, _)| group).collect(),
         readiness: match config.readiness.method {
@@ -149,6 +218,10 @@ pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
         idle_timeout: upgrade.idle_timeout,
         drain_timeout: upgrade.drain_timeout,
         max_draining: upgrade.max_draining,
+        batch: upgrade.batch,
+        canary: upgrade.canary.iter().map(|step| CanaryStep { share: step.share, hold: step.hold }).collect(),
+        bake: upgrade.bake,
+        check_interval: Some(upgrade.check_interval).filter(|_| !upgrade.check.is_empty()),
         watchdog: config.watchdog,
         backoff: restart.backoff,
         backoff_max: restart.backoff_max,

@@ -12,6 +12,9 @@ impl Shell {
             | Report::Queued(_)
             | Report::Superseded(_)
             | Report::Failing(..)
+            | Report::Shared(..)
+            | Report::Rolled(..)
+            | Report::SteeredBack(..)
             | Report::Switched(_)
             | Report::Drained(_) => self.log_upgrade(report),
             Report::Entered(generation, phase) => self.entered(*generation, *phase),
@@ -21,6 +24,7 @@ impl Shell {
             | Report::Respawning(..)
             | Report::Replaced(..)
             | Report::Killed(..) => self.log_worker(report),
+            Report::Scaled(..) | Report::SeatReplaced(..) => self.log_seats(report),
             Report::BreakerOpened(pause) => {
                 let reason = format!("too many worker exits: no respawns for {pause:?} (restart.breaker)");
                 tracing::error!(event = "breaker_opened", ?pause, "{reason}");
@@ -78,8 +82,28 @@ impl Shell {
             }
             Report::Failing(Generation(generation), _) => {
                 let reason = self.failing.clone().unwrap_or_default();
-                let text = format!("generation {generation} can't be launched: {reason}");
+                let text = format!("generation {generation} is taken back: {reason}");
                 tracing::error!(event = "failing", generation, reason, "{text}");
+            }
+            Report::Shared(Generation(generation), share) => {
+                let percent = f64::from(*share) / 10.0;
+                let text = format!("generation {generation} gets {percent} % of the new connections");
+                tracing::info!(event = "canary", generation, share, "{text}");
+                self.say_state(wire::Phase::Canary, &text, None);
+            }
+            Report::Rolled(Generation(generation), ready, of) => {
+                let text = format!("{ready} of {of} workers are of generation {generation}");
+                tracing::info!(event = "batch", generation, ready, of, "{text}");
+                self.say_state(wire::Phase::Retiring, &text, Some((u32::from(*ready), u32::from(*of))));
+            }
+            Report::SteeredBack(Generation(generation), took) => {
+                let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+                tracing::info!(
+                    event = "steered_back",
+                    generation,
+                    us,
+                    "no new connection goes to generation {generation} any more, {us} µs after its failure"
+                );
             }
             Report::Switched(Generation(generation)) => {
                 tracing::info!(
@@ -90,6 +114,26 @@ impl Shell {
             }
             Report::Drained(Generation(generation)) => {
                 tracing::info!(event = "drained", generation, "generation {generation} is gone");
+            }
+            _ => {}
+        }
+    }
+
+    fn log_seats(&mut self, report: &Report) {
+        match report {
+            Report::Scaled(Generation(generation), workers) => {
+                let text = format!("{workers} workers from now on, until the config changes");
+                tracing::info!(event = "scaled", generation, workers, "{text}");
+                self.upstream.status(&text);
+            }
+            Report::SeatReplaced(Generation(generation), seat) => {
+                tracing::info!(
+                    event = "seat_replaced",
+                    generation,
+                    seat = seat.0,
+                    "another worker serves on seat {}",
+                    seat.0
+                );
             }
             _ => {}
         }
@@ -216,6 +260,8 @@ impl Shell {
         tracing::info!(event = "phase", generation = n, phase = %words::phase(phase), "generation {n}: {}", words::phase(phase));
         let text = match phase {
             Phase::Launching => format!("generation {n} starts"),
+            Phase::Canary => return,
+            Phase::Baking => format!("generation {n} serves, the old one stands by"),
             Phase::Steering => format!("new connections go to generation {n}"),
             // The first generation has nobody to take over from.
             Phase::Retiring if self.core.status().generations.len() < 2 => return,

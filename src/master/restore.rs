@@ -113,6 +113,7 @@ fn take_over(
         process.is_child = false;
     }
     shell.groups.find_record();
+    shell.forget_checks();
     shell.end_unknown(saved);
     let lost = shell.listeners.without_handle();
     shell.inbox.push_front(Event::Adopted { lost });
@@ -151,6 +152,9 @@ impl Snapshot {
             config: self.config,
             prepared: self.prepared,
             launches: self.launches,
+            config_last: self.config_last,
+            checks: self.checks,
+            check_words: self.check_words,
             processes: self.processes,
             listeners: self.listeners,
             groups: self.groups,

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use reuseportd_core::{Event, StopMode, Trigger, WorkerId};
+use reuseportd_core::{Event, Number, StopMode, Trigger, WorkerId};
 use reuseportd_sys::signals::Signal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -19,6 +19,9 @@ enum Token {
     Knock,
     /// The keeper's channel.
     Keeper,
+    /// The end of a check, and what it says.
+    CheckEnd(u32),
+    CheckOutput(u32),
     /// The end of the child that tries to read the state.
     Preflight,
     Client(u32),
@@ -127,6 +130,10 @@ impl Shell {
         if let Some(keeper) = &self.keeper {
             watched.push((Token::Keeper, keeper.fd(), PollFlags::IN));
         }
+        for (run, check) in &self.checks {
+            watched.push((Token::CheckOutput(*run), check.output(), PollFlags::IN));
+            watched.push((Token::CheckEnd(*run), check.fd(), PollFlags::IN));
+        }
         if let Some(preflight) = &self.preflight {
             watched.push((Token::Preflight, preflight.pidfd(), PollFlags::IN));
         }
@@ -144,6 +151,8 @@ impl Shell {
             Token::Notifications => self.read_notifications(),
             Token::Knock => self.clients.accept(),
             Token::Keeper => self.keeper_ended(),
+            Token::CheckEnd(run) => self.check_ended(run),
+            Token::CheckOutput(run) => self.read_check(run),
             Token::Preflight => self.preflight_ended(),
             Token::Client(number) => {
                 self.clients.send(number);
@@ -168,9 +177,8 @@ impl Shell {
                 Signal::User1 => {}
                 Signal::Child => self.reap_orphans(),
                 Signal::User2 => self.inbox.push_back(Event::Reexec { by: None }),
-                Signal::TerminalInput | Signal::TerminalOutput => {
-                    tracing::warn!(?signal, "this signal has no meaning yet: ignored");
-                }
+                Signal::TerminalInput => self.inbox.push_back(Event::Scale { to: Number::More, by: None }),
+                Signal::TerminalOutput => self.inbox.push_back(Event::Scale { to: Number::Fewer, by: None }),
             }
         }
     }

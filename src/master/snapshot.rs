@@ -17,6 +17,7 @@ use reuseportd_wire::status as wire;
 use serde::{Deserialize, Serialize};
 
 use super::carried::{self, Carried, Written};
+use super::checks::Check;
 use super::control::Clients;
 use super::groups::Groups;
 use super::launch::Launch;
@@ -129,6 +130,12 @@ state! {
     log: LogSettings,
     prepared: VecDeque<Launch>,
     launches: BTreeMap<Generation, Launch>,
+    #[serde(default)]
+    config_last: u64,
+    #[serde(default)]
+    checks: BTreeMap<u32, Check>,
+    #[serde(default)]
+    check_words: Option<String>,
     processes: BTreeMap<WorkerId, Process>,
     listeners: Listeners,
     groups: Groups,
@@ -246,6 +253,9 @@ impl Shell {
             log: &self.log,
             prepared: &self.prepared,
             launches: &self.launches,
+            config_last: &self.config_last,
+            checks: &self.checks,
+            check_words: &self.check_words,
             processes: &self.processes,
             listeners: &self.listeners,
             groups: &self.groups,

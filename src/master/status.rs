@@ -46,8 +46,11 @@ impl Shell {
             active_generation: view.active.map(|generation| generation.0),
             generations: generations.collect(),
             listeners: self.listener_status(),
-            scaled: None,
-            upgrade_waits: false,
+            scaled: view.scaled.map(|(workers, configured)| wire::Scaled {
+                workers: workers.into(),
+                configured: configured.into(),
+            }),
+            upgrade_waits: view.upgrade_waits,
             last_upgrade: self.receipts.back().map(|(_, receipt)| receipt.clone()),
         }
     }
@@ -71,6 +74,8 @@ impl Shell {
             generation: view.generation.0,
             state: match view.state {
                 GenerationState::Launching => wire::GenerationState::Launching,
+                GenerationState::Canary => wire::GenerationState::Canary,
+                GenerationState::Standby => wire::GenerationState::Standby,
                 GenerationState::Active => wire::GenerationState::Active,
                 GenerationState::Retiring => wire::GenerationState::Retiring,
                 GenerationState::Draining => wire::GenerationState::Draining,
@@ -78,7 +83,9 @@ impl Shell {
             share: f64::from(view.share) / 1000.0,
             executable: self.executable(view.generation),
             connections,
-            deadline_ms: None,
+            deadline_ms: view
+                .deadline
+                .map(|deadline| u64::try_from(deadline.since(clock::now()).as_millis()).unwrap_or(u64::MAX)),
             workers: view.workers.iter().map(|worker| self.worker_status(worker, depths)).collect(),
         }
     }
@@ -172,6 +179,8 @@ fn master_state(state: MasterState) -> wire::MasterState {
         MasterState::Starting => wire::MasterState::Starting,
         MasterState::Steady => wire::MasterState::Steady,
         MasterState::Launching => wire::MasterState::Launching,
+        MasterState::Canary => wire::MasterState::Canary,
+        MasterState::Baking => wire::MasterState::Baking,
         MasterState::Retiring => wire::MasterState::Retiring,
         MasterState::RollingBack => wire::MasterState::RollingBack,
         MasterState::Stopping => wire::MasterState::Stopping,

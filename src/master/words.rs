@@ -1,10 +1,26 @@
 //! The core's facts in words: for receipts, the log, systemd's STATUS and progress lines.
 
 use reuseportd_core as core;
-use reuseportd_core::{Exit, Problem, Reason, WorkerId};
+use reuseportd_core::{CheckFailure, Exit, Problem, Reason, WorkerId};
 use reuseportd_wire::status as wire;
 
 use super::{Shell, clock};
+
+/// Why a wish can't be carried out now.
+fn refusal(reason: Reason) -> String {
+    match reason {
+        Reason::TooLate => {
+                "too late to take it back: the old workers have begun to leave; ask again to bring them back by an \
+                 upgrade".to_owned()
+            }
+        Reason::Busy => "an upgrade is under way, which replaces all workers: wait for its end".to_owned(),
+        Reason::NoSuchSeat(seat, seats) => {
+                format!("there is no seat {}: the seats are 0 to {}", seat.0, seats.saturating_sub(1))
+            }
+        Reason::Overtaken => "something later took its place: another number of workers, or another config".to_owned(),
+        _ => String::new(),
+    }
+}
 
 /// How a process ended.
 pub(super) fn exit(how: Exit) -> String {
@@ -75,7 +91,37 @@ impl Shell {
             Reason::Stuck(_, worker) => {
                 format!("{} gave no sign of life (watchdog.timeout)", self.who(worker))
             }
+            Reason::Crashed(..) | Reason::CheckFailed(_) | Reason::QueueGrows(_) | Reason::TakenBack => {
+                self.verdict(reason)
+            }
+            Reason::TooLate | Reason::Busy | Reason::NoSuchSeat(..) | Reason::Overtaken => refusal(reason),
             Reason::Stopped => "the master is stopping".to_owned(),
+        }
+    }
+
+    /// Why a generation on trial is taken back.
+    fn verdict(&self, reason: Reason) -> String {
+        match reason {
+            Reason::Crashed(_, worker, how) => {
+                format!("{} {} while it was on trial{}", self.who(worker), exit(how), self.evidence(worker))
+            }
+            Reason::CheckFailed(failure) => {
+                let how = match failure {
+                    CheckFailure::Ended(how) => exit(how),
+                    CheckFailure::NotStarted(_) => "could not be started".to_owned(),
+                    CheckFailure::Late => "took too long".to_owned(),
+                };
+                format!("the check (upgrade.check) {how}{}", self.check_evidence())
+            }
+            Reason::QueueGrows(group) => {
+                let name = self.groups.name(group);
+                format!(
+                    "connections to listener {name:?} wait longer for the new workers than for the old ones: their accept \
+                     queues grew beyond those of the old ones for a second"
+                )
+            }
+            Reason::TakenBack => "it was taken back (`reuseportd rollback`)".to_owned(),
+            _ => String::new(),
         }
     }
 
@@ -156,8 +202,8 @@ impl Shell {
             forced_kills: receipt.forced_kills,
             connections_cut: receipt.connections_cut,
             superseded_by: None,
-            steer_back_us: None,
-            checks_passed: 0,
+            steer_back_us: receipt.steer_back.map(|took| u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
+            checks_passed: receipt.checks,
         }
     }
 }
@@ -176,6 +222,7 @@ pub(super) fn trigger(trigger: core::Trigger) -> wire::Trigger {
         core::Trigger::Start => wire::Trigger::Start,
         core::Trigger::Signal => wire::Trigger::Signal,
         core::Trigger::Command => wire::Trigger::Command,
+        core::Trigger::Rollback => wire::Trigger::Rollback,
         core::Trigger::Orphans => wire::Trigger::Orphans,
     }
 }
@@ -184,7 +231,9 @@ pub(super) fn trigger(trigger: core::Trigger) -> wire::Trigger {
 pub(super) fn phase(phase: core::Phase) -> wire::Phase {
     match phase {
         core::Phase::Launching => wire::Phase::Launching,
+        core::Phase::Canary => wire::Phase::Canary,
         core::Phase::Steering => wire::Phase::Switch,
+        core::Phase::Baking => wire::Phase::Baking,
         core::Phase::Retiring => wire::Phase::Retiring,
         core::Phase::RollingBack => wire::Phase::RollingBack,
         core::Phase::Draining => wire::Phase::Draining,

@@ -1,7 +1,7 @@
 //! What a terminal shows while an upgrade is waited for: the real program on a pseudo-terminal, against a master that is
 //! a thread with a script.
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -27,8 +27,8 @@ const LOOKS: usize = 3;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Looks {
     Answered,
-    /// Accepted, and left without an answer.
-    Ignored,
+    /// Answered by half a line.
+    Stuck,
     /// There must be none.
     Unwanted,
 }
@@ -86,12 +86,12 @@ fn play(socket: &Path, looks: Looks) -> JoinHandle<Instant> {
         let (upgrade, request) = next(&listener);
         assert!(matches!(request, Request::Upgrade { .. }), "{request:?}");
         tell(&upgrade, &Reply::Accepted);
-        let mut ignored = Vec::new();
         for state in [Phase::Launching, Phase::Canary, Phase::Baking, Phase::Draining] {
             let text = format!(
                 "the master's words for {state}, which are long and have to be cut where it is narrow"
             );
-            tell(&upgrade, &Reply::Progress { state, text, ready: None, of: None });
+            let (ready, of) = (state == Phase::Launching).then_some((1, 4)).unzip();
+            tell(&upgrade, &Reply::Progress { state, text, ready, of });
             if looks == Looks::Answered {
                 for _ in 0..LOOKS {
                     let (look, request) = next(&listener);
@@ -100,8 +100,11 @@ fn play(socket: &Path, looks: Looks) -> JoinHandle<Instant> {
                 }
             }
         }
-        if looks == Looks::Ignored {
-            ignored.push(next(&listener));
+        if looks == Looks::Stuck {
+            let (mut look, _) = next(&listener);
+            look.write_all(b"{\"reply\":\"status\",").unwrap();
+            look.set_read_timeout(Some(PATIENCE)).unwrap();
+            assert_eq!(look.read(&mut [0]).unwrap(), 0, "given up");
         }
         let sent = Instant::now();
         tell(&upgrade, &Reply::Receipt { receipt: Box::new(receipt()), code: 0 });
@@ -120,9 +123,9 @@ fn play(socket: &Path, looks: Looks) -> JoinHandle<Instant> {
 }
 
 /// `upgrade` on a terminal so many columns wide; stdout and stderr are one.
-fn on_terminal(socket: &Path, columns: usize, flags: &str) -> Done {
+fn on_terminal(socket: &Path, columns: usize) -> Done {
     let line = format!(
-        "stty cols {columns} rows 24; exec {REUSEPORTD} upgrade --wait=drained {flags} --socket {}",
+        "stty cols {columns} rows 24; exec {REUSEPORTD} upgrade --wait=drained --socket {}",
         socket.display()
     );
     let mut command = Command::new("script");
@@ -131,8 +134,8 @@ fn on_terminal(socket: &Path, columns: usize, flags: &str) -> Done {
     Running::start(command).finish(PATIENCE)
 }
 
-/// The lines as they are drawn over each other, without what moves the cursor.
-fn drawn(screen: &str) -> Vec<String> {
+/// The lines as they are drawn over each other, without what moves the cursor. A terminal breaks those that are too long.
+fn drawn(screen: &str, columns: usize) -> Vec<String> {
     let mut text = String::new();
     for piece in screen.replace('\r', "\n").split('\x1b') {
         let command = |rest: &str| {
@@ -143,8 +146,19 @@ fn drawn(screen: &str) -> Vec<String> {
         };
         text += &piece.strip_prefix('[').map_or(piece.to_owned(), command);
     }
-    text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    let broken = |line: &str| -> Vec<String> {
+        let line: Vec<char> = line.chars().collect();
+        line.chunks(columns).map(|part| part.iter().collect::<String>().trim_end().to_owned()).collect()
+    };
+    text.lines().flat_map(broken).filter(|line| !line.is_empty()).collect()
 }
+
+const PHASES: [(&str, &str); 4] = [
+    ("launching", "s: ███████████████░░░░░ 3 of 4 ready"),
+    ("canary", "s: 5.5 % of new connections for generation 5"),
+    ("baking", "s: generation 4 stands by with 23 connections"),
+    ("draining", "s: 17 connections left on generation 4, deadline in 42.5 s"),
+];
 
 #[test]
 fn a_terminal_shows_the_numbers_of_each_phase() {
@@ -152,27 +166,25 @@ fn a_terminal_shows_the_numbers_of_each_phase() {
         for columns in [80, 34] {
             let socket = world.path(&format!("{columns}.sock"));
             let master = play(&socket, Looks::Answered);
-            let done = on_terminal(&socket, columns, "");
+            let done = on_terminal(&socket, columns);
             master.join().unwrap();
             assert_eq!(done.code, 0, "{done:#?}");
-            let lines = drawn(&done.stdout);
+            let lines = drawn(&done.stdout, columns);
             let receipt = lines.iter().position(|line| line.starts_with("upgrade from generation 4 to 5"));
-            let receipt = receipt.unwrap_or_else(|| panic!("no receipt: {lines:#?}"));
-            let live = &lines[..receipt];
-            let widest = live.iter().map(|line| line.chars().count()).max();
-            assert!(widest <= Some(columns), "{widest:?}: {live:#?}");
+            let live = &lines[..receipt.unwrap_or_else(|| panic!("no receipt: {lines:#?}"))];
+            for line in live {
+                let is_whole = PHASES.iter().any(|(phase, _)| line.starts_with(phase));
+                assert!(is_whole, "longer than {columns} columns before {line:?}: {live:#?}");
+            }
+            assert!(live[0].contains("s: █████░░"), "what the master told itself: {live:#?}");
             let mut from = 0;
-            for (phase, shown) in [
-                ("launching", "s: ███████████████░░░░░ 3 of 4 ready"),
-                ("canary", "s: 5.5 % of new connections for generation 5"),
-                ("baking", "s: generation 4 stands by with 23 connections"),
-                ("draining", "s: 17 connections left on generation 4, deadline in 42.5 s"),
-            ] {
-                let part = &shown[..shown.char_indices().nth(columns - 30).map_or(shown.len(), |(at, _)| at)];
-                let shows = |line: &String| line.contains(&format!("{phase} ")) && line.contains(part);
+            for (phase, shown) in PHASES {
+                let part: String = shown.chars().take(columns - "launching 0.0 ".len()).collect();
+                let shows =
+                    |line: &String| line.starts_with(&format!("{phase} ")) && line.contains(part.trim_end());
                 let at = live[from..].iter().position(shows);
                 from += at.unwrap_or_else(|| panic!("{part:?} of {phase} is not shown: {live:#?}"));
-                let took = |line: &String| line.starts_with(&format!("{phase}: ")) && line.ends_with('s');
+                let took = |line: &String| line.starts_with(&format!("{phase}: "));
                 let at = live[from..].iter().position(took);
                 from += at.unwrap_or_else(|| panic!("how long {phase} took is not shown: {live:#?}"));
             }
@@ -184,8 +196,8 @@ fn a_terminal_shows_the_numbers_of_each_phase() {
 fn a_status_that_does_not_come_holds_up_nothing() {
     world(&[TERMINAL], |world| {
         let socket = world.path("control.sock");
-        let master = play(&socket, Looks::Ignored);
-        let done = on_terminal(&socket, 80, "");
+        let master = play(&socket, Looks::Stuck);
+        let done = on_terminal(&socket, 80);
         let took = master.join().unwrap().elapsed();
         assert_eq!(done.code, 0, "{done:#?}");
         assert!(done.stdout.contains("the master's words for draining"), "{done:#?}");

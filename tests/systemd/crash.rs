@@ -50,7 +50,7 @@ fn followed_under_load(systemd: Systemd, bpf: bool, times: u32) {
             assert_eq!(next, last.map(|last| last + 1));
             load.answered_by(next.unwrap());
         }
-        unit.configure(&format!("{BUSY} --ready-delay 1000"), &[]);
+        unit.configure(&format!("{BUSY} --ready-delay 3000"), &[]);
         let upgrade = unit.begin("reload");
         unit.wait_property("StatusText", |text| text.starts_with("launching"));
         followed(&unit, times);

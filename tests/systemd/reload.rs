@@ -75,7 +75,7 @@ fn reload_waits_by_itself(world: &World, machine: &Machine) {
     unchanged(&unit, &["status 7"]);
     assert_eq!(unit.status().active_generation, Some(2));
     // A master that dies meanwhile is followed.
-    unit.configure("--mode plain --ready-delay 1000", &[]);
+    unit.configure("--mode plain --ready-delay 3000", &[]);
     let reload = unit.begin("reload");
     unit.wait_property("StatusText", |text| text.starts_with("launching"));
     followed(&unit, 1);

@@ -29,7 +29,7 @@ fn stop_leaves_nothing(systemd: Systemd) {
 fn stop_of_a_master_that_hangs_leaves_nothing(systemd: Systemd) {
     machine(systemd, true, |world, machine| {
         let unit = Unit::new(world, machine, "--mode plain");
-        unit.drop_in("[Service]\nTimeoutStopSec=2");
+        unit.drop_in("[Service]\nTimeoutStopSec=5");
         unit.succeed("start");
         // systemd continues what it tells to stop, so it has to be stopped again: with this connection open it waits.
         let open = TcpStream::connect(world.address).unwrap();

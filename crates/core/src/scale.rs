@@ -86,17 +86,26 @@ impl Master {
         self.retire_workers(generation, workers, waiting);
     }
 
+    /// Why the worker of this seat can't be replaced now.
+    #[must_use]
+    pub fn keeps_worker(&self, seat: Seat) -> Option<Reason> {
+        let seats = self.active.map_or(0, |active| self.seats(active));
+        match () {
+            () if self.stopping.is_some() => Some(Reason::Stopped),
+            () if self.upgrade.is_some() => Some(Reason::Busy),
+            () if seat.0 >= seats => Some(Reason::NoSuchSeat(seat, seats)),
+            () => None,
+        }
+    }
+
     pub(crate) fn on_replace(&mut self, seat: Seat, by: Option<Ticket>) {
         let waiting: Vec<Ticket> = by.into_iter().collect();
-        let record = self.active.and_then(|active| Some((active, self.generations.get_mut(&active)?)));
-        let (Some((active, record)), None, None) = (record, &self.upgrade, &self.stopping) else {
-            let reason = if self.stopping.is_some() { Reason::Stopped } else { Reason::Busy };
+        if let Some(reason) = self.keeps_worker(seat) {
             return self.answer_all(waiting, Some(reason));
-        };
-        let seats = record.plan.workers;
-        let Some(place) = record.seats.get_mut(usize::from(seat.0)) else {
-            return self.answer_all(waiting, Some(Reason::NoSuchSeat(seat, seats)));
-        };
+        }
+        let Some(active) = self.active else { return };
+        let record = self.generations.get_mut(&active);
+        let Some(place) = record.and_then(|record| record.seats.get_mut(usize::from(seat.0))) else { return };
         place.waiting.extend(waiting);
         if place.next.is_none() {
             self.timers.disarm(Timer::Respawn(active, seat));

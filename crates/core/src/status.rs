@@ -4,6 +4,8 @@ use crate::event::Depth;
 use crate::generation::GenerationState;
 use crate::id::{Generation, GroupId, ListenerId, Seat, Time, WorkerId};
 use crate::master::{Master, MasterState};
+use crate::receipt::Receipt;
+use crate::timers::Timer;
 use crate::worker::{WorkerKind, WorkerState};
 use alloc::vec::Vec;
 
@@ -14,6 +16,10 @@ pub struct StatusView {
     pub state: MasterState,
     /// Who gets new connections.
     pub active: Option<Generation>,
+    /// Another number of workers than the config says, and that.
+    pub scaled: Option<(u16, u16)>,
+    /// An upgrade waits for its turn.
+    pub upgrade_waits: bool,
     /// Oldest first.
     pub generations: Vec<GenerationView>,
 }
@@ -27,6 +33,8 @@ pub struct GenerationView {
     pub state: GenerationState,
     /// Its part of new connections, 0 to 1000.
     pub share: u16,
+    /// When the first of its workers that are told to end is killed.
+    pub deadline: Option<Time>,
     /// By seat.
     pub workers: Vec<WorkerView>,
 }
@@ -67,7 +75,32 @@ impl Master {
     pub fn status(&self) -> StatusView {
         let generations =
             self.generations.keys().map(|generation| self.generation_view(*generation)).collect();
-        StatusView { state: self.state(), active: self.active, generations }
+        StatusView {
+            state: self.state(),
+            active: self.active,
+            scaled: self.scaled(),
+            upgrade_waits: self.wish.is_some(),
+            generations,
+        }
+    }
+
+    fn scaled(&self) -> Option<(u16, u16)> {
+        let plan = self.active.and_then(|active| self.generations.get(&active)).map(|record| &record.plan)?;
+        let workers = self.scaling.as_ref().map_or(plan.workers, |scaling| scaling.workers);
+        (workers != plan.configured).then_some((workers, plan.configured))
+    }
+
+    /// Seats of a generation; 0 if there is no such generation.
+    #[must_use]
+    pub fn seats(&self, generation: Generation) -> u16 {
+        self.generations.get(&generation).map_or(0, |record| record.plan.workers)
+    }
+
+    /// The receipt of the upgrade under way, as far as it is known.
+    #[must_use]
+    pub fn receipt_so_far(&self) -> Option<Receipt> {
+        let receipt = &self.upgrade.as_ref()?.receipt;
+        Some(Receipt { took: self.now.since(receipt.started), ..receipt.clone() })
     }
 
     fn generation_view(&self, generation: Generation) -> GenerationView {
@@ -92,7 +125,10 @@ impl Master {
         if matches!(state, GenerationState::Retiring | GenerationState::Draining) {
             workers.retain(|worker| worker.worker.is_some());
         }
-        GenerationView { generation, state, share: share.map_or(0, |(_, share)| *share), workers }
+        let deadlines =
+            self.workers_of(generation).into_iter().filter_map(|id| self.timers.at(Timer::Kill(id)));
+        let share = share.map_or(0, |(_, share)| *share);
+        GenerationView { generation, state, share, deadline: deadlines.min(), workers }
     }
 
     fn worker_view(&self, seat: Seat, id: Option<WorkerId>, restarts: u32) -> WorkerView {

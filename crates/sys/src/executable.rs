@@ -19,6 +19,8 @@ pub struct FileIdentity {
     pub size: u64,
     /// Last change of content or metadata: seconds and nanoseconds.
     pub ctime: (i64, i64),
+    /// Last change of content: seconds and nanoseconds.
+    pub mtime: (i64, i64),
 }
 
 impl FileIdentity {
@@ -28,6 +30,7 @@ impl FileIdentity {
             inode: stat.st_ino,
             size: stat.st_size.cast_unsigned(),
             ctime: (stat.st_ctime, stat.st_ctime_nsec.cast_signed()),
+            mtime: (stat.st_mtime, stat.st_mtime_nsec.cast_signed()),
         }
     }
 }
@@ -80,6 +83,23 @@ impl PinnedExecutable {
     #[must_use]
     pub fn is_same_at_path(&self) -> bool {
         rustix::fs::stat(&self.path).is_ok_and(|stat| FileIdentity::of(&stat) == self.identity)
+    }
+
+    /// Whether the held file has the content it had: it may have been renamed or removed, but not overwritten.
+    #[must_use]
+    pub fn is_intact(&self) -> bool {
+        let content = |identity: FileIdentity| (identity.size, identity.mtime);
+        let now = rustix::fs::fstat(&self.file).map(|stat| FileIdentity::of(&stat));
+        now.is_ok_and(|now| content(now) == content(self.identity))
+    }
+
+    /// The same file, held once more.
+    ///
+    /// # Errors
+    /// EMFILE or ENFILE.
+    pub fn try_clone(&self) -> io::Result<PinnedExecutable> {
+        let (path, file) = (self.path.clone(), self.file.try_clone()?);
+        Ok(PinnedExecutable { path, file, identity: self.identity, is_script: self.is_script })
     }
 
     /// The path it was opened by.

@@ -38,11 +38,20 @@ pub const SERVER_STARTER_PORT: &str = "SERVER_STARTER_PORT";
 /// The generation for programs written for Server::Starter.
 pub const SERVER_STARTER_GENERATION: &str = "SERVER_STARTER_GENERATION";
 
+/// For a check: processes of the generation's workers, separated by blanks.
+pub const PIDS: &str = "REUSEPORTD_PIDS";
+/// For a check: `canary` or `baking`.
+pub const PHASE: &str = "REUSEPORTD_PHASE";
+/// For a check: the generation's share of the new connections, 0 to 1.
+pub const SHARE: &str = "REUSEPORTD_SHARE";
+/// For a check: the receipt of the upgrade as far as it is known, JSON. Its outcome is null.
+pub const RECEIPT: &str = "REUSEPORTD_RECEIPT";
+
 /// Descriptor number of the snapshot a master finds after its re-exec; of no meaning to workers.
 pub const RESUME: &str = "REUSEPORTD_RESUME";
 
 /// Every variable the master owns: it removes what it inherited of these before it sets a worker's own.
-pub const OWNED: [&str; 15] = [
+pub const OWNED: [&str; 19] = [
     APP,
     GENERATION,
     SEAT,
@@ -57,6 +66,10 @@ pub const OWNED: [&str; 15] = [
     LISTEN_FDNAMES,
     SERVER_STARTER_PORT,
     SERVER_STARTER_GENERATION,
+    PIDS,
+    PHASE,
+    SHARE,
+    RECEIPT,
     RESUME,
 ];
 
