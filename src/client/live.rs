@@ -46,12 +46,13 @@ impl Moment<'_> {
             }
             Phase::Canary => {
                 let newest = self.newest()?;
-                Some(format!("{} for generation {}", share(newest.share), newest.generation))
+                Some(format!("{} for generation {}{}", share(newest.share), newest.generation, self.left()))
             }
             Phase::Baking => {
                 let old = self.last(|state| state == GenerationState::Standby)?;
                 let connections = count(old.connections, "connection");
-                Some(format!("generation {} stands by with {connections}", old.generation))
+                let left = self.left();
+                Some(format!("generation {} stands by with {connections}{left}", old.generation))
             }
             Phase::Retiring | Phase::Draining | Phase::RollingBack => {
                 let leaves = |state| matches!(state, GenerationState::Retiring | GenerationState::Draining);
@@ -63,6 +64,12 @@ impl Moment<'_> {
             }
             Phase::Switch | Phase::Stopping => None,
         }
+    }
+
+    /// How long it is going to last.
+    fn left(&self) -> String {
+        let left = self.status.and_then(|status| status.hold_ms);
+        left.map(|ms| format!(", {} left", milliseconds(ms))).unwrap_or_default()
     }
 
     fn newest(&self) -> Option<&GenerationStatus> {

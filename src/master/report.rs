@@ -97,6 +97,7 @@ impl Shell {
                 self.say_state(wire::Phase::Retiring, &text, Some((u32::from(*ready), u32::from(*of))));
             }
             Report::SteeredBack(Generation(generation), took) => {
+                self.say_state(wire::Phase::RollingBack, &words::failed(*generation), None);
                 let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
                 tracing::info!(
                     event = "steered_back",
@@ -266,8 +267,8 @@ impl Shell {
             // The first generation has nobody to take over from.
             Phase::Retiring if self.core.status().generations.len() < 2 => return,
             Phase::Retiring => format!("generation {n} serves, the listeners of the old one leave"),
-            Phase::RollingBack => format!("generation {n} failed, the old one serves on"),
-            Phase::Draining => format!("generation {n} serves, the old one finishes its connections"),
+            Phase::RollingBack => words::failed(n),
+            Phase::Draining => words::draining(Some(n)),
         };
         self.say_state(words::phase(phase), &text, None);
     }
@@ -312,6 +313,9 @@ impl Shell {
             }
             None => {
                 tracing::info!(event = "upgrade_ended", %outcome, from, to, ms, receipt = json, "{ended}");
+                // For those that wait for that end.
+                let text = words::draining(to);
+                self.clients.progress(wire::Phase::Draining, &text, None);
             }
         }
         let text = match (reason, to) {

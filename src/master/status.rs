@@ -1,7 +1,7 @@
 //! The answer to `status`: the core's picture with what only the shell knows.
 
 use reuseportd_core::{
-    Generation, GenerationState, GenerationView, ListenerView, MasterState, WorkerId, WorkerState, WorkerView,
+    Generation, GenerationState, GenerationView, ListenerView, MasterState, Time, WorkerId, WorkerState, WorkerView,
 };
 use reuseportd_wire::status as wire;
 use sha2::{Digest, Sha256};
@@ -51,6 +51,7 @@ impl Shell {
                 configured: configured.into(),
             }),
             upgrade_waits: view.upgrade_waits,
+            hold_ms: view.hold_until.map(millis_until),
             last_upgrade: self.receipts.back().map(|(_, receipt)| receipt.clone()),
         }
     }
@@ -172,6 +173,10 @@ impl super::launch::Launch {
         }
         Some(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
+}
+
+fn millis_until(time: Time) -> u64 {
+    u64::try_from(time.since(clock::now()).as_millis()).unwrap_or(u64::MAX)
 }
 
 fn master_state(state: MasterState) -> wire::MasterState {

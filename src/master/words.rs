@@ -22,6 +22,16 @@ fn refusal(reason: Reason) -> String {
     }
 }
 
+/// A generation is taken back.
+pub(super) fn failed(generation: u32) -> String {
+    format!("generation {generation} failed, the old one serves on")
+}
+
+/// The end of an upgrade, but for the old workers' open connections.
+pub(super) fn draining(generation: Option<u32>) -> String {
+    format!("generation {} serves, the old one finishes its connections", generation.unwrap_or(0))
+}
+
 /// How a process ended.
 pub(super) fn exit(how: Exit) -> String {
     match how {

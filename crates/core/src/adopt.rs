@@ -61,7 +61,7 @@ impl Master {
         self.generation_last = self.generation_last.max(generation.0);
         self.open_groups(&plan.groups);
         // Sockets of seats are no more than theirs: the next generation gets its own.
-        let mut record = GenerationRecord::new(Plan { seat_groups: Vec::new(), ..plan });
+        let mut record = GenerationRecord::new(Plan { seat_groups: Vec::new(), configured: plan.workers, ..plan });
         record.state = GenerationState::Active;
         for ((seat, place), (id, _)) in (0..).zip(&mut record.seats).zip(orphans) {
             place.worker = Some(*id);

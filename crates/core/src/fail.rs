@@ -21,7 +21,7 @@ impl Master {
         let (from, to) = (upgrade.from, upgrade.to);
         match upgrade.step {
             // Past the switch the old generation may be half gone; on the way back the first reason stands.
-            UpgradeStep::Retiring | UpgradeStep::RollingBack => return,
+            UpgradeStep::Retiring | UpgradeStep::SteeringBack | UpgradeStep::RollingBack => return,
             // There is nothing left to restore for.
             UpgradeStep::Restoring if self.stopping.is_some() => return self.steer_back(),
             UpgradeStep::Restoring => return,
@@ -72,10 +72,13 @@ impl Master {
         self.end_trial();
         let Some(upgrade) = self.upgrade.as_mut() else { return };
         let (from, to) = (upgrade.from, upgrade.to);
-        upgrade.steering_back = from.map(|_| self.now);
+        upgrade.steering_back = Some(self.now);
         self.active = from;
         if let Some(record) = from.and_then(|from| self.generations.get_mut(&from)) {
             record.state = GenerationState::Active;
+        }
+        if let Some(record) = self.generations.get_mut(&to) {
+            record.state = GenerationState::Retiring;
         }
         let target: Vec<(Generation, u16)> = from.into_iter().map(|from| (from, 1000)).collect();
         self.aim(&target);
@@ -83,29 +86,37 @@ impl Master {
         if let Some(from) = from {
             self.take_seats(from);
         }
+        self.enter_step(UpgradeStep::SteeringBack);
         // First of all: every connection until then is one more in the wrong hands.
         self.pump_all();
-        self.enter_step(UpgradeStep::RollingBack);
-        self.retire(to);
     }
 
-    /// The kernel has confirmed it, on all listeners.
-    pub(crate) fn note_steered_back(&mut self) {
+    /// There is no time for a look before the kernel is told.
+    pub(crate) fn is_steering_back(&self) -> bool {
+        self.upgrade.as_ref().is_some_and(|upgrade| upgrade.step == UpgradeStep::SteeringBack)
+    }
+
+    /// The kernel has confirmed it, on all listeners: all the rest can follow.
+    pub(crate) fn steered_back(&mut self, to: Generation) -> bool {
         let is_told = self.groups.values().all(Group::is_told);
-        let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_told) else { return };
-        let Some(since) = upgrade.steering_back.take() else { return };
-        let took = self.now.since(since);
-        upgrade.receipt.steer_back = Some(took);
-        let to = upgrade.to;
-        self.report(Report::SteeredBack(to, took));
+        let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_told) else { return false };
+        let took = upgrade.steering_back.take().map(|since| self.now.since(since));
+        upgrade.receipt.steer_back = took.filter(|_| upgrade.from.is_some());
+        self.enter_step(UpgradeStep::RollingBack);
+        self.report(Report::SteeredBack(to, took.unwrap_or_default()));
+        if self.engine == Engine::Cbpf {
+            self.groups.values_mut().for_each(|group| group.is_stale = true);
+        }
+        self.retire(to);
+        true
     }
 
     /// Old workers that were replaced come back first, from the old program: until they serve, the new ones do.
     fn restore(&mut self, from: Option<Generation>, to: Generation) {
         self.enter_step(UpgradeStep::Restoring);
         for worker in self.workers_of(to) {
-            let is_serving = |worker: &crate::worker::Worker| worker.state == WorkerState::Serving;
-            if !self.workers.get(&worker).is_some_and(is_serving) {
+            let state = self.workers.get(&worker).map(|worker| worker.state);
+            if state.is_some_and(|state| state != WorkerState::Serving && !state.is_ending()) {
                 self.end_unproven(worker);
             }
         }

@@ -183,6 +183,8 @@ pub(crate) enum UpgradeStep {
     Retiring,
     /// The old workers that were replaced are launched again.
     Restoring,
+    /// The kernel is told that no new connection goes to the new generation.
+    SteeringBack,
     /// The new generation is taken back.
     RollingBack,
 }

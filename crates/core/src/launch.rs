@@ -92,12 +92,14 @@ impl Master {
     /// The phase a step belongs to.
     fn phase(step: &UpgradeStep) -> Phase {
         match step {
-            UpgradeStep::Queued | UpgradeStep::Launching => Phase::Launching,
+            UpgradeStep::Queued | UpgradeStep::Launching | UpgradeStep::Joining => Phase::Launching,
             UpgradeStep::Canary | UpgradeStep::Steering(Goal::Share, _) => Phase::Canary,
-            UpgradeStep::Joining | UpgradeStep::Steering(Goal::Batch | Goal::All, _) => Phase::Steering,
+            UpgradeStep::Steering(Goal::Batch | Goal::All, _) => Phase::Steering,
             UpgradeStep::Baking => Phase::Baking,
             UpgradeStep::Replacing | UpgradeStep::Retiring => Phase::Retiring,
-            UpgradeStep::Restoring | UpgradeStep::RollingBack => Phase::RollingBack,
+            UpgradeStep::Restoring | UpgradeStep::SteeringBack | UpgradeStep::RollingBack => {
+                Phase::RollingBack
+            }
         }
     }
 
@@ -109,8 +111,10 @@ impl Master {
             upgrade.receipt.add_phase(before, self.now.since(upgrade.phase_since));
             upgrade.phase_since = self.now;
         }
+        let is_urgent = step == UpgradeStep::SteeringBack;
         upgrade.step = step;
-        if before != after || begins {
+        // That it is told comes after that it is done.
+        if (before != after || begins) && !is_urgent {
             self.report(Report::Entered(to, after));
         }
     }
@@ -146,8 +150,8 @@ impl Master {
             UpgradeStep::Replacing => self.has_replaced(from) && self.queue_batch(to),
             UpgradeStep::Restoring => self.has_restored(from) && self.end_restoring(),
             UpgradeStep::Retiring => self.has_retired(from) && self.finish_upgrade(Outcome::Completed),
+            UpgradeStep::SteeringBack => self.steered_back(to),
             UpgradeStep::RollingBack => {
-                self.note_steered_back();
                 self.has_retired(Some(to)) && self.finish_upgrade(Outcome::RolledBack)
             }
         }

@@ -245,7 +245,9 @@ impl Master {
             return MasterState::Stopping;
         }
         match self.upgrade.as_ref().map(|upgrade| (&upgrade.step, upgrade.from)) {
-            Some((UpgradeStep::RollingBack | UpgradeStep::Restoring, _)) => MasterState::RollingBack,
+            Some((UpgradeStep::RollingBack | UpgradeStep::SteeringBack | UpgradeStep::Restoring, _)) => {
+                MasterState::RollingBack
+            }
             Some((UpgradeStep::Retiring | UpgradeStep::Replacing, _)) => MasterState::Retiring,
             Some((UpgradeStep::Baking, _)) => MasterState::Baking,
             Some((UpgradeStep::Canary | UpgradeStep::Steering(Goal::Share, _), _)) => MasterState::Canary,

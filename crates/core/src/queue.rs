@@ -127,6 +127,11 @@ impl Master {
         } else if let Some(scaling) = self.scaling.take() {
             self.answer_all(scaling.waiting, Some(Reason::Overtaken));
         }
+        // It has proven itself, and whoever wants it back wants it now.
+        if trigger == Trigger::Rollback {
+            plan.canary.clear();
+            plan.bake = Duration::ZERO;
+        }
         self.generation_last += 1;
         let to = Generation(self.generation_last);
         let receipt = self.blank_receipt(trigger, &plan, Some(to));

@@ -370,11 +370,12 @@ impl Master {
                 self.mark_stale(group);
             }
         }
-        self.push(Command::Signal { worker: id, signal: Signal::Stop });
         if self.is_on_trial(generation) {
-            return self.fail_upgrade(reason);
+            self.fail_upgrade(reason);
+        } else {
+            self.report(Report::Replaced(id, reason));
         }
-        self.report(Report::Replaced(id, reason));
+        self.push(Command::Signal { worker: id, signal: Signal::Stop });
     }
 
     pub(crate) fn on_drained(&mut self, id: WorkerId) {

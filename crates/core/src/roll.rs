@@ -136,7 +136,13 @@ impl Master {
     /// Whether a worker of this generation serves a share of the new connections, or all, and can still be taken back.
     pub(crate) fn is_on_trial(&self, generation: Generation) -> bool {
         let is_open = |step: &UpgradeStep| {
-            !matches!(step, UpgradeStep::Retiring | UpgradeStep::Restoring | UpgradeStep::RollingBack)
+            !matches!(
+                step,
+                UpgradeStep::Retiring
+                    | UpgradeStep::Restoring
+                    | UpgradeStep::SteeringBack
+                    | UpgradeStep::RollingBack
+            )
         };
         self.upgrade.as_ref().is_some_and(|upgrade| upgrade.to == generation && is_open(&upgrade.step))
     }

@@ -20,6 +20,8 @@ pub struct StatusView {
     pub scaled: Option<(u16, u16)>,
     /// An upgrade waits for its turn.
     pub upgrade_waits: bool,
+    /// The canary step, or the bake, lasts until then at least.
+    pub hold_until: Option<Time>,
     /// Oldest first.
     pub generations: Vec<GenerationView>,
 }
@@ -80,6 +82,7 @@ impl Master {
             active: self.active,
             scaled: self.scaled(),
             upgrade_waits: self.wish.is_some(),
+            hold_until: self.timers.at(Timer::Hold),
             generations,
         }
     }

@@ -68,6 +68,8 @@ impl Master {
                 group.is_stale = false;
                 match self.engine {
                     Engine::Ebpf => self.steer_keys(id),
+                    // Who has which slot is looked up afterwards.
+                    Engine::Cbpf if self.is_steering_back() => self.steer_slots(id),
                     Engine::Cbpf => self.survey(id, After::Steer),
                     Engine::None => self.let_go(id),
                 }

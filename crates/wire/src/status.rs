@@ -204,6 +204,9 @@ pub struct Status {
     /// An upgrade waits for the present one to end, or for others to join it.
     #[serde(default)]
     pub upgrade_waits: bool,
+    /// Milliseconds the present canary step, or the bake, lasts at least; null outside of these.
+    #[serde(default)]
+    pub hold_ms: Option<u64>,
     /// Receipt of the last upgrade; null before the first.
     pub last_upgrade: Option<Receipt>,
 }

@@ -288,7 +288,7 @@ fn a_stop_refuses_new_connections_lets_the_begun_ones_finish_and_leaves_nobody()
     shell.exits(1, Exit::Code(0));
     assert!(!shell.has_said(&Command::Exit { code: 0 }));
     shell.exits(2, Exit::Code(0));
-    let reply = Command::Reply { to: Ticket(1), receipt: None };
+    let reply = Command::ReplyStopped { to: Ticket(1) };
     assert!(shell.place(&reply) < shell.place(&Command::Exit { code: 0 }));
 }
 

@@ -85,7 +85,13 @@ impl Shell {
     pub(crate) fn plan(workers: u16) -> Plan {
         let second = Duration::from_secs(1);
         Plan {
+            config: u64::from(workers),
             workers,
+            configured: workers,
+            batch: None,
+            canary: Vec::new(),
+            bake: Duration::ZERO,
+            check_interval: None,
             groups: vec![GROUP],
             seat_groups: Vec::new(),
             passes: 1,

@@ -311,7 +311,9 @@ impl Oracle {
         let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
             // Before a master that found only processes has steered, the kernel chooses among all.
             // So it does when all that served have died without anybody knowing yet.
-            let serves = |id: &WorkerId, w: &Worker| w.runs && self.protocol.was_serving(*id, now);
+            let serves = |id: &WorkerId, w: &Worker| {
+                w.runs && self.is_steered_to(group, w.generation) && self.protocol.was_serving(*id, now)
+            };
             let is_served = workers.iter().any(|(id, worker)| serves(id, worker));
             return if self.refusing.contains(&group) || (hashed && !is_served) {
                 Stray::Excused

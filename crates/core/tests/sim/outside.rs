@@ -46,8 +46,15 @@ impl World {
         // Mostly all of them are of one kind, and a kind seldom changes.
         let seated = if rng.permille(100) { 500 } else { seated };
         let seat_groups = groups.iter().copied().filter(|_| rng.permille(seated)).collect();
+        let workers = u16::try_from(rng.between(1, 4)).unwrap_or(1);
         Plan {
-            workers: u16::try_from(rng.between(1, 4)).unwrap_or(1),
+            config: rng.next(),
+            workers,
+            configured: workers,
+            batch: None,
+            canary: Vec::new(),
+            bake: Duration::ZERO,
+            check_interval: None,
             groups,
             seat_groups,
             passes: u16::try_from(rng.between(1, 3)).unwrap_or(1),

@@ -246,7 +246,9 @@ impl Protocol {
                 let sum: u32 = shares.iter().map(|share| u32::from(share.weight)).sum();
                 assert_eq!(sum, 1000, "weights of {command:?}");
             }
-            Command::Reply { to, .. } => assert!(self.open_tickets.remove(to), "{to:?} was answered twice"),
+            Command::Reply { to, .. } | Command::ReplyDone { to, .. } | Command::ReplyStopped { to } => {
+                assert!(self.open_tickets.remove(to), "{to:?} was answered twice");
+            }
             Command::Notify(notice) => self.notice(*notice),
             Command::Exit { code } => self.exits(*code),
             Command::Bind { group, generation, seat, .. } => {
@@ -261,6 +263,8 @@ impl Protocol {
             | Command::Observe { .. }
             | Command::Count { .. }
             | Command::ReplyReexec { .. }
+            | Command::Check { .. }
+            | Command::EndCheck { .. }
             | Command::Save
             | Command::Preflight
             | Command::EndPreflight

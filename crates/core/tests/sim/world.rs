@@ -351,7 +351,11 @@ impl World {
             }
             Command::Notify(_)
             | Command::Reply { .. }
+            | Command::ReplyDone { .. }
+            | Command::ReplyStopped { .. }
             | Command::ReplyReexec { .. }
+            | Command::Check { .. }
+            | Command::EndCheck { .. }
             | Command::Exit { .. } => {}
             Command::Save
             | Command::Preflight
