@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a surprise is a failure")]
 
 mod adoption;
+mod bake;
+mod canary;
 mod cli;
 mod config;
 mod container;
@@ -21,9 +23,15 @@ mod listeners;
 mod matrix;
 mod notify;
 mod orphans;
+mod queue;
 mod readiness;
 mod real_servers;
+mod receipts;
 mod reexec;
+mod restart_worker;
+mod rollback;
+mod rolling;
+mod scale;
 mod sdk;
 mod seats;
 mod sockets;

@@ -68,8 +68,14 @@ impl Load {
     }
 
     /// Lets every connection come to its fate.
-    pub(crate) fn end(mut self) -> Report {
-        let report = self.running.take().expect("ended once").stop_and_join().unwrap();
+    pub(crate) fn end(self) -> Report {
+        self.running().stop();
+        self.join()
+    }
+
+    /// The same for a load that ends by itself.
+    pub(crate) fn join(mut self) -> Report {
+        let report = self.running.take().expect("ended once").join().unwrap();
         assert!(report.valid(), "{report}");
         report
     }

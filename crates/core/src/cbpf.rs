@@ -28,6 +28,10 @@ impl Master {
                 shares.push(Share { weight: *weight, slots });
             }
         }
+        // Alone it gets all there is.
+        if let [share] = shares.as_mut_slice() {
+            share.weight = 1000;
+        }
         shares
     }
 

@@ -69,7 +69,6 @@ impl Master {
 
     /// Takes new connections back from the new generation, and lets it finish what it got.
     fn steer_back(&mut self) {
-        self.end_trial();
         let Some(upgrade) = self.upgrade.as_mut() else { return };
         let (from, to) = (upgrade.from, upgrade.to);
         upgrade.steering_back = Some(self.now);
@@ -89,6 +88,7 @@ impl Master {
         self.enter_step(UpgradeStep::SteeringBack);
         // First of all: every connection until then is one more in the wrong hands.
         self.pump_all();
+        self.end_trial();
     }
 
     /// There is no time for a look before the kernel is told.

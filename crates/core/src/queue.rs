@@ -123,7 +123,11 @@ impl Master {
         // The same config: as many workers as were asked for since.
         let present = self.active.and_then(|active| self.generations.get(&active)).map(|record| &record.plan);
         if let Some(present) = present.filter(|present| present.config == plan.config) {
-            plan.workers = self.scaling.as_ref().map_or(present.workers, |scaling| scaling.workers);
+            plan.workers = present.workers;
+            if let Some(scaling) = self.scaling.as_mut() {
+                plan.workers = scaling.workers(present.workers);
+                scaling.settle(plan.workers);
+            }
         } else if let Some(scaling) = self.scaling.take() {
             self.answer_all(scaling.waiting, Some(Reason::Overtaken));
         }

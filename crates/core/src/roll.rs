@@ -94,6 +94,8 @@ impl Master {
         if let Some(upgrade) = self.upgrade.as_mut() {
             upgrade.batches.push(old.clone());
         }
+        // The sockets of these seats the new generation has already.
+        self.groups.values_mut().filter(|group| group.wants(from)).for_each(|group| group.is_stale = true);
         // Whoever wanted another worker for one of these seats has it.
         self.retire_workers(from, old, waiting);
         true

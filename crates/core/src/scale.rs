@@ -17,8 +17,33 @@ const WORKERS_MAX: u16 = 1024;
 /// A number of workers that was asked for, until there are so many.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Scaling {
-    pub(crate) workers: u16,
+    to: Target,
     pub(crate) waiting: Vec<Ticket>,
+}
+
+/// How many: so many, or so many more than whichever generation serves when that can be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Target {
+    Exactly(u16),
+    More(i32),
+}
+
+impl Scaling {
+    /// With so many at present.
+    pub(crate) fn workers(&self, present: u16) -> u16 {
+        let workers = match self.to {
+            Target::Exactly(workers) => workers,
+            Target::More(more) => {
+                u16::try_from(i32::from(present).saturating_add(more).max(0)).unwrap_or(WORKERS_MAX)
+            }
+        };
+        workers.clamp(1, WORKERS_MAX)
+    }
+
+    /// These will be there instead.
+    pub(crate) fn settle(&mut self, workers: u16) {
+        self.to = Target::Exactly(workers);
+    }
 }
 
 impl Master {
@@ -26,22 +51,26 @@ impl Master {
         if self.stopping.is_some() {
             return self.answer_all(by.into_iter().collect(), Some(Reason::Stopped));
         }
-        let present = self.active.and_then(|active| self.generations.get(&active));
-        let asked = self.scaling.take();
-        let now = asked.as_ref().map(|scaling| scaling.workers).or(present.map(|record| record.plan.workers));
-        let workers = match to {
-            Number::Exactly(workers) => workers,
-            Number::More => now.unwrap_or(1).saturating_add(1),
-            Number::Fewer => now.unwrap_or(1).saturating_sub(1),
+        let earlier = self.scaling.take();
+        let asked = earlier.as_ref().map(|scaling| scaling.to);
+        let add = |more| match asked.unwrap_or(Target::More(0)) {
+            Target::Exactly(workers) => {
+                let workers = i32::from(workers).saturating_add(more).max(1);
+                Target::Exactly(u16::try_from(workers).unwrap_or(WORKERS_MAX))
+            }
+            Target::More(before) => Target::More(before.saturating_add(more)),
         };
-        let workers = workers.clamp(1, WORKERS_MAX);
-        let earlier = asked.map(|scaling| scaling.waiting).unwrap_or_default();
-        if now == Some(workers) {
-            self.scaling = Some(Scaling { workers, waiting: earlier.into_iter().chain(by).collect() });
-        } else {
-            self.answer_all(earlier, Some(Reason::Overtaken));
-            self.scaling = Some(Scaling { workers, waiting: by.into_iter().collect() });
+        let to = match to {
+            Number::Exactly(workers) => Target::Exactly(workers),
+            Number::More => add(1),
+            Number::Fewer => add(-1),
+        };
+        let mut waiting = earlier.map(|scaling| scaling.waiting).unwrap_or_default();
+        if asked != Some(to) {
+            self.answer_all(core::mem::take(&mut waiting), Some(Reason::Overtaken));
         }
+        waiting.extend(by);
+        self.scaling = Some(Scaling { to, waiting });
     }
 
     /// Takes the number as far as it goes: not while an upgrade decides who serves.
@@ -49,9 +78,11 @@ impl Master {
         let Some(active) = self.active.filter(|_| self.upgrade.is_none() && self.stopping.is_none()) else {
             return;
         };
-        let Some(workers) = self.scaling.as_ref().map(|scaling| scaling.workers) else { return };
         let Some(record) = self.generations.get_mut(&active) else { return };
         let present = record.plan.workers;
+        let Some(scaling) = self.scaling.as_mut() else { return };
+        let workers = scaling.workers(present);
+        scaling.settle(workers);
         record.plan.workers = workers;
         if workers != present {
             self.report(Report::Scaled(active, workers));
@@ -130,7 +161,7 @@ impl Master {
             if let Some(next) = place.next.filter(|next| serves(&self.workers, *next)) {
                 let old = place.worker.replace(next);
                 place.next = None;
-                place.filled = self.now;
+                place.filled = self.workers.get(&next).map_or(self.now, |next| next.spawned);
                 replaced.push((Seat(seat), old, core::mem::take(&mut place.waiting)));
             } else if place.next.is_none() && place.worker.is_some_and(|worker| serves(&self.workers, worker))
             {

@@ -89,7 +89,7 @@ impl Master {
 
     fn scaled(&self) -> Option<(u16, u16)> {
         let plan = self.active.and_then(|active| self.generations.get(&active)).map(|record| &record.plan)?;
-        let workers = self.scaling.as_ref().map_or(plan.workers, |scaling| scaling.workers);
+        let workers = self.scaling.as_ref().map_or(plan.workers, |scaling| scaling.workers(plan.workers));
         (workers != plan.configured).then_some((workers, plan.configured))
     }
 

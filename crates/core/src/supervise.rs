@@ -119,6 +119,8 @@ impl Master {
         if place.worker == Some(id) {
             // The one that is on its way needs no other beside it.
             place.worker = place.next.take();
+            let next = place.worker.and_then(|next| self.workers.get(&next));
+            place.filled = next.map_or(self.now, |next| next.spawned);
         } else {
             place.next = None;
             return true;
