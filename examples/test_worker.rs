@@ -135,7 +135,8 @@ static STUCK: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut options = Options::parse();
-    let is_spared = env::var(variables::SEAT).is_ok_and(|seat| seat.parse() < Ok(options.fail_seat));
+    let seat = env::var(variables::SEAT).ok().and_then(|seat| seat.parse::<u32>().ok());
+    let is_spared = seat.is_some_and(|seat| seat < options.fail_seat);
     if is_spared || options.fail_if.as_ref().is_some_and(|path| !path.exists()) {
         options.fail = None;
     }

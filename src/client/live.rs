@@ -41,7 +41,9 @@ impl Moment<'_> {
     fn detail(&self, phase: Phase) -> Option<String> {
         match phase {
             Phase::Launching => {
-                let (ready, of) = self.newest().map(seats).or(self.ready)?;
+                // With none to wait for it is about something else, which the master's words tell.
+                let is_awaited = |(ready, of): &(u32, u32)| ready < of;
+                let (ready, of) = self.newest().map(seats).or(self.ready).filter(is_awaited)?;
                 Some(format!("{} {ready} of {of} ready", bar(ready, of)))
             }
             Phase::Canary => {

@@ -1,4 +1,4 @@
-//! How a wait gets on, on stderr: live on a terminal, else one line per phase.
+//! How a wait gets on, on stderr: live on a terminal, else a line for each phase and whatever else it is about.
 
 use std::io::{Write, stderr};
 use std::path::Path;
@@ -16,9 +16,10 @@ use super::text::escape;
 
 /// Shows one phase after the other.
 pub(super) struct Progress {
-    /// None where nobody watches: then a phase is said once, when it begins.
+    /// None where nobody watches: then nothing is said twice, and no numbers that change all the time.
     live: Option<Live>,
     phase: Option<(Phase, Instant)>,
+    text: String,
 }
 
 /// What is drawn on a terminal, and from what.
@@ -26,7 +27,6 @@ struct Live {
     bar: ProgressBar,
     look: Look,
     status: Option<Status>,
-    text: String,
     ready: Option<(u32, u32)>,
     /// When the master said something new last.
     told: Instant,
@@ -45,11 +45,10 @@ impl Progress {
             bar,
             look: Look::new(socket),
             status: None,
-            text: String::new(),
             ready: None,
             told: Instant::now(),
         });
-        Self { live, phase: None }
+        Self { live, phase: None, text: String::new() }
     }
 
     /// The next reply that tells no progress. The time until it comes is spent on what is drawn.
@@ -70,13 +69,15 @@ impl Progress {
     /// What the master says now.
     fn show(&mut self, phase: Phase, text: &str, ready: Option<(u32, u32)>) {
         let begins = self.phase.is_none_or(|(last, _)| last != phase);
+        let is_new = begins || self.text != text;
         if begins {
             self.end_phase();
             self.phase = Some((phase, Instant::now()));
         }
+        text.clone_into(&mut self.text);
         match &mut self.live {
             Some(live) => {
-                if begins || live.text != text {
+                if is_new {
                     live.told = Instant::now();
                 }
                 // What was asked in the last phase says nothing about this one, and what the master says now is newer.
@@ -84,11 +85,11 @@ impl Progress {
                     live.look.restart();
                 }
                 live.status.take_if(|_| begins || ready.is_some());
-                (live.text, live.ready) = (text.to_owned(), ready);
+                live.ready = ready;
                 self.draw();
             }
             // A closed stderr must not stop the wait for the outcome.
-            None if begins => drop(writeln!(stderr(), "{phase}: {}", escape(text))),
+            None if begins || is_new && ready.is_none() => drop(writeln!(stderr(), "{phase}: {}", escape(text))),
             None => {}
         }
     }
@@ -113,7 +114,7 @@ impl Progress {
         let phase = self.phase.map(|(phase, _)| phase);
         let moment = Moment {
             phase,
-            text: &live.text,
+            text: &self.text,
             ready: live.ready,
             status: live.status.as_ref(),
             lasts: began.elapsed(),

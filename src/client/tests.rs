@@ -442,7 +442,8 @@ fn each_phase_shows_the_numbers_that_matter_in_it() {
     active.state = GenerationState::Standby;
     new.workers[1].state = WorkerState::Serving;
     new.state = GenerationState::Launching;
-    assert_eq!(shows(Phase::Launching, &status), "launching 12.3 s: ████████████████████ 2 of 2 ready");
+    let all_ready = shows(Phase::Launching, &status);
+    assert_eq!(all_ready, "launching 12.3 s: so \\u{1b}[2Jit is", "what it waits for");
     assert_eq!(shows(Phase::Baking, &status), "baking 12.3 s: generation 4 stands by with 12 connections");
     let unsure = shows(Phase::RollingBack, &status);
     assert_eq!(unsure, "rolling_back 12.3 s: ? connections left on generation 3");

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
-use reuseportd_core::{Command, Event, Generation, GroupId, ListenerId, Report, Signal, WorkerId};
+use reuseportd_core::{Command, Event, Generation, GroupId, ListenerId, Phase, Report, Signal, WorkerId};
 use reuseportd_sys::{pidfd, socket};
 use reuseportd_wire::control::Reply;
 
@@ -288,9 +288,18 @@ impl Shell {
             Some((_, earlier)) => earlier.reason.clone(),
             None => receipt.reason.map(|reason| self.failing.take().unwrap_or_else(|| self.reason(reason))),
         };
-        let shown = self.receipt(receipt, reason);
+        let mut shown = self.receipt(receipt, reason);
         match known.and_then(|at| self.receipts.get_mut(at)) {
-            Some(earlier) => earlier.1 = shown,
+            Some((_, earlier)) => {
+                // Worked out anew from two clocks, it would be another time of day.
+                shown.started_at = std::mem::take(&mut earlier.started_at);
+                *earlier = shown;
+            }
+            // So many came while it drained that it was kept no longer: who waits for it gets it, and it is not the last.
+            None if receipt.phases.iter().any(|time| time.phase == Phase::Draining) => {
+                self.receipts.pop_front();
+                self.receipts.push_front((Some(receipt.serial), shown));
+            }
             // The first start is no upgrade, unless it fails.
             None if receipt.from.is_none() && shown.reason.is_none() => {}
             None => self.keep(Some(receipt.serial), shown),

@@ -259,13 +259,20 @@ impl Shell {
     fn entered(&mut self, generation: Generation, phase: Phase) {
         let n = generation.0;
         tracing::info!(event = "phase", generation = n, phase = %words::phase(phase), "generation {n}: {}", words::phase(phase));
+        let view = self.core.status();
+        // A batch is not all of it.
+        let is_part = view.generations.iter().any(|view| {
+            view.generation == generation && view.state == reuseportd_core::GenerationState::Canary
+        });
         let text = match phase {
             Phase::Launching => format!("generation {n} starts"),
             Phase::Canary => return,
             Phase::Baking => format!("generation {n} serves, the old one stands by"),
+            Phase::Steering if is_part => format!("generation {n} gets its part of the new connections"),
             Phase::Steering => format!("new connections go to generation {n}"),
             // The first generation has nobody to take over from.
-            Phase::Retiring if self.core.status().generations.len() < 2 => return,
+            Phase::Retiring if view.generations.len() < 2 => return,
+            Phase::Retiring if is_part => format!("a batch of generation {n} serves, as many old workers leave"),
             Phase::Retiring => format!("generation {n} serves, the listeners of the old one leave"),
             Phase::RollingBack => words::failed(n),
             Phase::Draining => words::draining(Some(n)),

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -97,6 +98,17 @@ pub(crate) fn keepers_of(app: &str) -> Vec<u32> {
     let is_one =
         |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|is| is == command.as_bytes());
     pids().filter(is_one).collect()
+}
+
+/// What an app's keeper holds of its master's state: what the next master would know. As text, empty if there is none.
+pub(crate) fn state_of(app: &str) -> String {
+    let fds = |pid: u32| fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
+    let paths = keepers_of(app).into_iter().flat_map(fds).filter_map(|entry| Some(entry.ok()?.path()));
+    let is_state = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|name| name.to_string_lossy().contains("/memfd:reuseportd-state"))
+    };
+    // One that has just been replaced is no more.
+    paths.filter(is_state).filter_map(|path| fs::read_to_string(path).ok()).next().unwrap_or_default()
 }
 
 fn pids() -> impl Iterator<Item = u32> {

@@ -63,6 +63,7 @@ impl Master {
         // Sockets of seats are no more than theirs: the next generation gets its own.
         let mut record = GenerationRecord::new(Plan { seat_groups: Vec::new(), configured: plan.workers, ..plan });
         record.state = GenerationState::Active;
+        record.is_found = true;
         for ((seat, place), (id, _)) in (0..).zip(&mut record.seats).zip(orphans) {
             place.worker = Some(*id);
             place.filled = self.now;

@@ -85,6 +85,7 @@ impl Master {
         if let Some(from) = from {
             self.take_seats(from);
         }
+        self.give_up_seats(to);
         self.enter_step(UpgradeStep::SteeringBack);
         // First of all: every connection until then is one more in the wrong hands.
         self.pump_all();

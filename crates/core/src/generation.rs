@@ -90,6 +90,9 @@ pub(crate) struct GenerationRecord {
     pub(crate) waiting: Vec<Caller>,
     /// When draining began.
     pub(crate) draining_since: Option<Time>,
+    /// Its workers were found without a master: what they were started from is not known.
+    #[serde(default)]
+    pub(crate) is_found: bool,
 }
 
 impl SeatRecord {
@@ -114,6 +117,7 @@ impl GenerationRecord {
             receipt: None,
             waiting: Vec::new(),
             draining_since: None,
+            is_found: false,
         }
     }
 }

@@ -21,13 +21,13 @@ impl Master {
 
     /// As if the deadline of the oldest that drain had come.
     pub(crate) fn on_hurry(&mut self) {
-        let Some(Upgrade { to, step: UpgradeStep::Queued, batches, .. }) = &self.upgrade else { return };
+        let Some(Upgrade { to, step: UpgradeStep::Queued, .. }) = &self.upgrade else { return };
         if !self.must_queue(*to) {
             return;
         }
         let mut draining = self.generations.iter().filter(|(_, r)| r.state == GenerationState::Draining);
         let oldest = draining.next().map(|(generation, _)| self.workers_of(*generation));
-        let batch = || batches.first().map(|batch| batch.iter().copied().collect());
+        let batch = || self.draining_batches().next().map(|batch| batch.iter().copied().collect());
         for worker in oldest.or_else(batch).unwrap_or_default() {
             self.on_kill_deadline(worker);
         }
@@ -232,6 +232,9 @@ impl Master {
         receipt.outcome = outcome;
         receipt.took = self.now.since(receipt.started);
         let serial = receipt.serial;
+        if outcome == Outcome::Completed {
+            self.previous = self.known_origin(upgrade.from);
+        }
         let old = upgrade.from.filter(|_| outcome == Outcome::Completed);
         let old = old.and_then(|old| self.generations.get_mut(&old));
         receipt.is_final = old.is_none();
@@ -244,7 +247,6 @@ impl Master {
                     let list = if caller.wait == Wait::Drained { &mut old.waiting } else { &mut done };
                     list.push(caller);
                 }
-                self.previous = upgrade.from;
             }
             None => done = upgrade.waiting,
         }

@@ -291,6 +291,6 @@ impl Master {
     pub(crate) fn draining(&self) -> usize {
         let of_generations =
             self.generations.values().filter(|record| record.state == GenerationState::Draining).count();
-        of_generations + self.draining_batches()
+        of_generations + self.draining_batches().count()
     }
 }

@@ -52,12 +52,20 @@ impl Master {
     /// What `rollback` would bring back.
     #[must_use]
     pub fn before(&self) -> Before {
-        let of = |generation: Option<Generation>| generation.map_or(Before::Nothing, Before::Past);
-        match &self.upgrade {
-            Some(Upgrade { from: Some(_), step, .. }) if *step != UpgradeStep::Retiring => Before::Present,
-            Some(upgrade) => of(upgrade.from),
-            None => of(self.previous),
-        }
+        let past = match &self.upgrade {
+            Some(Upgrade { from: Some(_), step, .. }) if *step != UpgradeStep::Retiring => {
+                return Before::Present;
+            }
+            Some(upgrade) => self.known_origin(upgrade.from),
+            None => self.previous,
+        };
+        past.map_or(Before::Nothing, Before::Past)
+    }
+
+    /// The generation, if it is known what it was started from.
+    pub(crate) fn known_origin(&self, generation: Option<Generation>) -> Option<Generation> {
+        let is_found = |id: &Generation| self.generations.get(id).is_some_and(|record| record.is_found);
+        generation.filter(|id| !is_found(id))
     }
 
     /// Whether what this generation is started from may be needed: it is there, or may be brought back.

@@ -116,10 +116,10 @@ impl Master {
         true
     }
 
-    /// Batches whose old workers still finish connections.
-    pub(crate) fn draining_batches(&self) -> usize {
-        let is_there = |batch: &&BTreeSet<WorkerId>| batch.iter().any(|id| self.workers.contains_key(id));
-        self.upgrade.as_ref().map_or(0, |upgrade| upgrade.batches.iter().filter(is_there).count())
+    /// Batches whose old workers still finish connections, the oldest first.
+    pub(crate) fn draining_batches(&self) -> impl Iterator<Item = &BTreeSet<WorkerId>> {
+        let batches = self.upgrade.iter().flat_map(|upgrade| &upgrade.batches);
+        batches.filter(|batch| batch.iter().any(|id| self.workers.contains_key(id)))
     }
 
     /// Seats of the generation that have, or had, a worker: from the first to behind the last.

@@ -114,7 +114,9 @@ impl Master {
             .find_map(|group| group.target.iter().find(|(wanted, _)| *wanted == generation));
         let seats = record.map(|record| record.seats.as_slice()).unwrap_or_default();
         let mut workers: Vec<WorkerView> = Vec::new();
-        for (seat, place) in (0..).zip(seats) {
+        let launched = self.upgrade.as_ref().filter(|upgrade| upgrade.to == generation);
+        let launched = launched.map_or(seats.len(), |upgrade| usize::from(upgrade.launched));
+        for (seat, place) in (0..).zip(seats.iter().take(launched)).filter(|(_, place)| !place.is_given_up) {
             workers.push(self.worker_view(Seat(seat), place.worker, place.restarts));
         }
         for id in self.workers_of(generation) {
@@ -128,6 +130,7 @@ impl Master {
         if matches!(state, GenerationState::Retiring | GenerationState::Draining) {
             workers.retain(|worker| worker.worker.is_some());
         }
+        workers.sort_by_key(|worker| worker.seat);
         let deadlines =
             self.workers_of(generation).into_iter().filter_map(|id| self.timers.at(Timer::Kill(id)));
         let share = share.map_or(0, |(_, share)| *share);

@@ -48,7 +48,9 @@ impl Master {
         let interval = self.check_interval(to);
         self.timers.arm(Timer::Hold, self.now.after(hold));
         self.notify(crate::command::Notice::Extend(hold + interval.map_or(Duration::ZERO, check_limit)));
-        if interval.is_some() && check.is_none() && !self.timers.is_armed(Timer::Check) {
+        // A bake begins with one, the steps of a canary go by the interval.
+        let is_due = !is_canary || !self.timers.is_armed(Timer::Check);
+        if interval.is_some() && check.is_none() && is_due {
             self.run_check();
         }
         if is_canary {

@@ -34,10 +34,11 @@ impl Master {
         self.timers.disarm(Timer::Watchdog(id));
         let Some(worker) = self.workers.get(&id).filter(|worker| !worker.state.is_ending()) else { return };
         let (generation, reason) = (worker.generation, Reason::Stuck(worker.seat, id));
+        let has_served = worker.state == WorkerState::Serving;
         if self.is_on_trial(generation) {
             self.fail_upgrade(reason);
             // One that never served is told to end; of one that did nothing can be hoped for any more.
-            if !self.workers.get(&id).is_some_and(|worker| worker.state == WorkerState::Emptying) {
+            if !has_served {
                 return;
             }
         } else {

@@ -68,7 +68,9 @@ impl World {
         self.upkeep.tally.deaths += 1;
         // What nobody will read any more.
         self.agenda.retain(|_, happening| match happening {
-            Happening::Deliver(event) => !matches!(**event, Event::Preflighted { .. } | Event::Proved { .. }),
+            Happening::Deliver(event) => {
+                !matches!(**event, Event::Preflighted { .. } | Event::Proved { .. } | Event::Checked { .. })
+            }
             _ => true,
         });
         if self.rng.permille(200) {

@@ -3,7 +3,7 @@
 //! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
 
 use crate::rng::Rng;
-use reuseportd_core::{Depth, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId};
+use reuseportd_core::{Depth, Generation, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const EINVAL: i32 = 22;
@@ -299,6 +299,22 @@ impl Kernel {
             Program::Slots(shares) => {
                 let slots = shares.iter().flat_map(|s| s.slots.iter());
                 slots.filter_map(|slot| group.slots.get(usize::from(*slot)).copied()).collect()
+            }
+        }
+    }
+
+    /// The same by the parts of the new connections they get, and whose the program says each is.
+    pub(crate) fn parts(&self, group: GroupId) -> Vec<(Option<Generation>, BTreeSet<ListenerId>)> {
+        let Some(group) = self.groups.get(&group) else { return Vec::new() };
+        match &group.program {
+            Program::Hash => Vec::new(),
+            Program::Ranges(ranges) => {
+                let of = |r: &Range| group.keys.range(r.base..r.base + r.count).map(|(_, id)| *id).collect();
+                ranges.iter().map(|range| (Some(range.generation), of(range))).collect()
+            }
+            Program::Slots(shares) => {
+                let at = |slot: &u16| group.slots.get(usize::from(*slot)).copied();
+                shares.iter().map(|s| (None, s.slots.iter().filter_map(at).collect())).collect()
             }
         }
     }

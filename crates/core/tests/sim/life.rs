@@ -18,6 +18,8 @@ pub(crate) struct Life {
     /// Told to stop, first.
     pub(crate) stopped: Option<u64>,
     pub(crate) replaced: bool,
+    /// Its seat is no more, or somebody else's.
+    pub(crate) given_up: bool,
     pub(crate) killed: bool,
     pub(crate) exited: Option<u64>,
     pub(crate) reaped: bool,
@@ -36,6 +38,7 @@ impl Life {
             asked: None,
             stopped: None,
             replaced: false,
+            given_up: false,
             killed: false,
             exited: None,
             reaped: false,

@@ -2,8 +2,9 @@
 //!
 //! First a phase in which things go wrong and nothing may be lost, then one in which they don't and everything must
 //! come to rest. `REUSEPORTD_SIM_SEED=n` replays one seed and shows everything, `REUSEPORTD_SIM_SEEDS=n` runs so many
-//! (256), `REUSEPORTD_SIM_STEPS=n` makes the first phase longer or shorter.
+//! (256), from `REUSEPORTD_SIM_FIRST=n` on, `REUSEPORTD_SIM_STEPS=n` makes the first phase longer or shorter.
 
+mod callers;
 mod death;
 mod facts;
 mod kernel;
@@ -11,10 +12,13 @@ mod life;
 mod oracle;
 mod orphans;
 mod outside;
+mod phases;
 mod protocol;
 mod rng;
+mod scaling;
 mod seats;
 mod temper;
+mod trial;
 mod twin;
 mod upkeep;
 mod workers;
@@ -55,6 +59,7 @@ impl Drop for Replay {
 struct Run {
     tally: Tally,
     upkeep: upkeep::Tally,
+    phases: phases::Tally,
     outcomes: BTreeMap<&'static str, u32>,
 }
 
@@ -93,6 +98,7 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     Run {
         tally: world.oracle.tally,
         upkeep: world.upkeep.tally,
+        phases: world.tally(),
         outcomes: world.oracle.protocol.outcomes.clone(),
     }
 }
@@ -166,7 +172,7 @@ impl World {
             return Some("somebody waits for an answer".to_owned());
         }
         let active = self.oracle.protocol.active()?;
-        let seats = u32::from(self.plans[&active].workers);
+        let seats = u32::from(self.oracle.protocol.scaling.wanted());
         let mut serving = 0;
         for (id, worker) in &self.workers {
             let hangs = worker.mute.is_some() && self.plans[&worker.generation].watchdog.is_some();
@@ -198,8 +204,10 @@ fn nothing_is_lost_and_everything_ends() {
     let (mut sum, mut control) = (Tally::default(), Tally::default());
     let mut outcomes: BTreeMap<&str, u32> = BTreeMap::new();
     let mut upkeep = upkeep::Tally::default();
+    let mut phases = phases::Tally::default();
     let seeds = knob("REUSEPORTD_SIM_SEEDS").unwrap_or(256);
-    for seed in 0..seeds {
+    let first = knob("REUSEPORTD_SIM_FIRST").unwrap_or(0);
+    for seed in first..first + seeds {
         let run = run(seed, steps, false);
         if engine(seed) == Engine::None {
             control.add(&run.tally)
@@ -207,16 +215,18 @@ fn nothing_is_lost_and_everything_ends() {
             sum.add(&run.tally)
         }
         upkeep.add(&run.upkeep);
+        phases.add(run.phases);
         for (name, count) in run.outcomes {
             *outcomes.entry(name).or_default() += count;
         }
     }
-    eprintln!("{sum:?} {upkeep:?} {outcomes:?}, without steering: {control:?}");
+    eprintln!("{sum:?} {upkeep:?} {phases:?} {outcomes:?}, without steering: {control:?}");
     // What never happens is not tested either.
     if seeds >= 256 {
         assert!(sum.counted > 0 && sum.strays > 0 && sum.excused > 0 && outcomes.len() == 3);
         assert!(sum.inherited > 0 && control.inherited > 0);
         assert!(upkeep.is_complete(), "something never happened: {upkeep:?}");
+        assert!(phases.is_complete(), "something never happened: {phases:?}");
         assert!(control.excused > 0, "without steering nothing is lost: a loss could not be seen");
     }
 }

@@ -4,7 +4,7 @@ use crate::kernel::{Choice, Holder, Kernel, Loss, Program, Socket, Stage};
 use crate::protocol::Protocol;
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Found, Generation, GroupId, ListenerId, Plan, Report, Time, WorkerId,
+    Command, Engine, Event, Found, Generation, GroupId, ListenerId, Plan, Report, Time, Trigger, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -36,9 +36,9 @@ pub(crate) struct Oracle {
     engine: Engine,
     pub(crate) protocol: Protocol,
     clients: BTreeMap<u64, Client>,
-    /// The generation that new connections of a group go to, as the last program put in force there says: one of
-    /// several, as long as they share all the sockets it names.
-    steered: BTreeMap<GroupId, BTreeSet<Generation>>,
+    /// The generation that each part of the new connections of a group goes to, as the last program put in force there
+    /// says: one of several, as long as they share all the sockets it names.
+    steered: BTreeMap<GroupId, Vec<BTreeSet<Generation>>>,
     /// `cbpf`: slots moved and the master could not know yet; `true` once it has looked since.
     disturbed: BTreeMap<GroupId, bool>,
     /// `cbpf`: several moved between two looks; the core has said that it can only guess.
@@ -130,13 +130,24 @@ impl Oracle {
         kernel: &Kernel,
         workers: &Workers,
     ) {
-        if let Report::Launching(generation, _) = report {
+        if let Report::Launching(generation, trigger) = report {
             // Orphans serve already.
             if self.protocol.active() == Some(*generation) {
                 return;
             }
             let Some(plan) = latest else { panic!("{generation:?} is launched, but nobody asked") };
-            plans.insert(*generation, plan.clone());
+            let mut plan = plan.clone();
+            if *trigger == Trigger::Rollback {
+                (plan.canary, plan.bake) = (Vec::new(), Duration::ZERO);
+            }
+            let present = self.protocol.active().map(|active| self.protocol.plans[&active].clone());
+            plan.workers = self.protocol.scaling.launching(&plan, present.as_ref());
+            plans.insert(*generation, plan);
+        }
+        if let Report::Scaled(generation, workers) = report
+            && let Some(plan) = plans.get_mut(generation)
+        {
+            plan.workers = *workers;
         }
         if let Report::SlotsUnsure(group) = report {
             assert!(self.disturbed.contains_key(group), "{group:?}: unsure without a reason");
@@ -147,17 +158,33 @@ impl Oracle {
             *self.admitted.entry(*listener).or_default() += count;
         }
         if let Report::Switched(generation) = report {
-            for group in &plans[generation].groups {
-                // Slots may have come to mean other listeners, so that no new program was needed.
-                self.steered(*group, kernel, workers);
-                let is_there = self.engine == Engine::None
-                    || self.unsure.contains(group)
-                    || self.is_steered_to(*group, *generation);
-                let to = self.steered.insert(*group, BTreeSet::from([*generation]));
-                assert!(is_there, "switched to {generation:?}, but {group:?} is steered to {to:?}");
-            }
+            self.all_steered_to(*generation, plans, kernel, workers);
         }
-        self.protocol.report(report, now, plans);
+        if let (Report::SteeredBack(..), Some(active)) = (report, self.protocol.active()) {
+            self.all_steered_to(active, plans, kernel, workers);
+        }
+        self.protocol.report(report, now, plans, kernel);
+    }
+
+    /// It has all of the new connections, on each of its addresses.
+    fn all_steered_to(
+        &mut self,
+        generation: Generation,
+        plans: &BTreeMap<Generation, Plan>,
+        kernel: &Kernel,
+        workers: &Workers,
+    ) {
+        for group in &plans[&generation].groups {
+            // Slots may have come to mean other listeners, so that no new program was needed.
+            self.steered(*group, kernel, workers);
+            let parts = self.steered.get(group).map(Vec::as_slice).unwrap_or_default();
+            let is_there = self.engine == Engine::None
+                || self.unsure.contains(group)
+                || self.protocol.loose.contains(group)
+                || (!parts.is_empty() && parts.iter().all(|to| to.contains(&generation)));
+            let to = self.steered.insert(*group, vec![BTreeSet::from([generation])]);
+            assert!(is_there, "steered to {generation:?}, but {group:?} is steered to {to:?}");
+        }
     }
 
     /// A listener left its group, and not by the master's hand.
@@ -185,7 +212,7 @@ impl Oracle {
         self.protocol = protocol;
         self.deadline_handled = false;
         for group in groups {
-            self.steered.insert(group, self.protocol.active().into_iter().collect());
+            self.steered.insert(group, vec![self.protocol.active().into_iter().collect()]);
             self.refusing.insert(group);
             if self.engine == Engine::Cbpf {
                 self.disturbed.insert(group, false);
@@ -206,23 +233,28 @@ impl Oracle {
             Some(false) => return,
             None => None,
         };
-        let named = kernel.named(group);
-        let mut to: Option<BTreeSet<Generation>> = None;
-        for listener in &named {
-            let socket = &kernel.sockets[listener];
-            let of = self.generations(socket, workers);
-            assert!(!of.is_empty(), "{group:?} is steered to {listener:?}, which is nobody's: {socket:?}");
-            assert!(self.is_ready(socket), "{group:?} is steered to {listener:?}, not ready: {socket:?}");
-            to = Some(to.map_or(of.clone(), |to| &to & &of));
+        let mut parts = Vec::new();
+        for (whose, named) in kernel.parts(group) {
+            let mut to: Option<BTreeSet<Generation>> = None;
+            for listener in &named {
+                let socket = &kernel.sockets[listener];
+                let of = self.generations(socket, workers);
+                assert!(!of.is_empty(), "{group:?} is steered to {listener:?}, which is nobody's: {socket:?}");
+                assert!(self.is_ready(socket), "{group:?} is steered to {listener:?}, not ready: {socket:?}");
+                to = Some(to.map_or(of.clone(), |to| &to & &of));
+            }
+            let is_its = |to: &BTreeSet<Generation>| whose.is_none_or(|whose| to.contains(&whose));
+            assert!(to.as_ref().is_none_or(is_its), "{group:?}: {named:?} of {whose:?} are those of {to:?}");
+            parts.extend(to);
         }
         // With nobody named, it stays clear whose the connections were.
-        if let Some(to) = to {
-            assert!(!to.is_empty(), "{group:?} is steered to several generations: {named:?}");
-            self.steered.insert(group, to);
+        if !parts.is_empty() {
+            assert!(parts.iter().all(|to| !to.is_empty()), "{group:?}: one part for several generations");
+            self.steered.insert(group, parts);
         }
         if let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) {
             let slots = shares.iter().map(|s| s.slots.len()).sum::<usize>();
-            assert_eq!(slots, named.len(), "{group:?}: a slot in {shares:?} is nobody's");
+            assert_eq!(slots, kernel.named(group).len(), "{group:?}: a slot in {shares:?} is nobody's");
         }
     }
 
@@ -239,7 +271,7 @@ impl Oracle {
     }
 
     fn is_steered_to(&self, group: GroupId, generation: Generation) -> bool {
-        self.steered.get(&group).is_some_and(|to| to.contains(&generation))
+        self.steered.get(&group).is_some_and(|parts| parts.iter().any(|to| to.contains(&generation)))
     }
 
     /// The worker that bound it, or the last of those that got it with a generation that has served.
@@ -434,6 +466,7 @@ impl Oracle {
         if self.engine != Engine::None && !self.protocol.is_stopping() {
             for group in kernel.groups.keys().filter(|group| self.protocol.promises(**group)) {
                 self.judge_named(*group, kernel, workers);
+                self.judge_capacity(*group, kernel, workers);
             }
         }
     }
@@ -456,6 +489,30 @@ impl Oracle {
         });
         let gone: Vec<&ListenerId> = named.iter().filter(|l| dead(l)).collect();
         assert!(gone.is_empty() || !serves, "{group:?} is steered to listeners of ended workers: {gone:?}");
+    }
+
+    /// While seats change hands, or are given back, as many workers can be chosen as serve before and after; unless some
+    /// have ended unasked.
+    fn judge_capacity(&self, group: GroupId, kernel: &Kernel, workers: &Workers) {
+        let Some(way) = self.protocol.phases.way.as_ref() else { return };
+        let Some(from) = way.from.filter(|_| self.protocol.plans[&way.to].batch.is_some()) else { return };
+        // Of orphans some may be out of reach.
+        if self.protocol.phases.is_found(from) {
+            return;
+        }
+        let plans = [from, way.to].map(|generation| &self.protocol.plans[&generation]);
+        let is_clear = !self.disturbed.contains_key(&group) && !self.protocol.is_unclear(group);
+        if !is_clear || self.refusing.contains(&group) || !plans.iter().all(|p| p.groups.contains(&group)) {
+            return;
+        }
+        let serves = |id: &WorkerId| workers[id].runs && self.protocol.is_serving(*id);
+        let chosen = kernel.named(group);
+        let chosen: BTreeSet<WorkerId> =
+            chosen.iter().filter_map(|id| kernel.sockets[id].workers().filter(serves).last()).collect();
+        let serving = chosen.len();
+        let wanted = usize::from(plans[0].workers.min(plans[1].workers));
+        let missing = self.protocol.vacant_seats(from, way.to);
+        assert!(serving + missing >= wanted, "{serving} of {wanted} are left, {missing} ended: {way:?}");
     }
 
     /// A handle that is not needed: at rest there is none.

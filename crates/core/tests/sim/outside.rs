@@ -1,6 +1,7 @@
 //! Everybody outside the service: clients that connect all the time, the operator, and strangers on the same port.
 
 use crate::kernel::{Choice, Holder};
+use crate::trial::Trials;
 use crate::world::{Happening, MS, World};
 use reuseportd_core::{Breaker, Event, GroupId, Plan, Readiness, StopMode, StopWhen, Ticket, Trigger, Wait};
 use std::time::Duration;
@@ -45,16 +46,17 @@ impl World {
         let millis = |low, high, rng: &mut crate::rng::Rng| Duration::from_millis(rng.between(low, high));
         // Mostly all of them are of one kind, and a kind seldom changes.
         let seated = if rng.permille(100) { 500 } else { seated };
-        let seat_groups = groups.iter().copied().filter(|_| rng.permille(seated)).collect();
+        let seat_groups: Vec<GroupId> = groups.iter().copied().filter(|_| rng.permille(seated)).collect();
         let workers = u16::try_from(rng.between(1, 4)).unwrap_or(1);
+        let Trials { batch, canary, bake, check_interval } = Trials::draw(rng, seat_groups.is_empty());
         Plan {
             config: rng.next(),
             workers,
             configured: workers,
-            batch: None,
-            canary: Vec::new(),
-            bake: Duration::ZERO,
-            check_interval: None,
+            batch,
+            canary,
+            bake,
+            check_interval,
             groups,
             seat_groups,
             passes: u16::try_from(rng.between(1, 3)).unwrap_or(1),
@@ -86,7 +88,11 @@ impl World {
 
     /// Launches what the dice say, good or bad.
     pub(crate) fn upgrade(&mut self, trigger: Trigger) {
-        let plan = self.draw_plan();
+        // Often only the program is another.
+        let plan = match self.plan.clone().filter(|_| self.rng.permille(300)) {
+            Some(plan) => plan,
+            None => self.draw_plan(),
+        };
         self.bad = [0, 0, 100, 400, 1000][self.rng.index(5)];
         self.handover = [0, 0, 1000, 1000, 500][self.rng.index(5)];
         let by = (trigger == Trigger::Command)
@@ -102,15 +108,18 @@ impl World {
         if !self.faults {
             return;
         }
-        match self.rng.below(45) {
+        match self.rng.below(70) {
             0 => self.stop(StopMode::Graceful),
             1 => self.stop(StopMode::Fast),
-            40..=44 => {
+            2..=6 => {
                 let by = self.rng.permille(700).then(|| self.ticket());
                 self.tell(Event::Reexec { by });
             }
-            2..=19 => self.upgrade(Trigger::Signal),
-            _ => self.upgrade(Trigger::Command),
+            7..=24 => self.upgrade(Trigger::Signal),
+            25..=44 => self.upgrade(Trigger::Command),
+            45..=49 => self.roll_back(),
+            50..=59 => self.scale(),
+            _ => self.replace(),
         }
         // Several at once, in the middle of another, or with time between.
         let pause = [0, 20, 500, 3000, 6000][self.rng.index(5)] * MS;

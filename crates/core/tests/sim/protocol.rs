@@ -1,11 +1,14 @@
 //! The part of the judge that watches processes, generations, tickets and notices: what may follow what.
 
+use crate::callers::Callers;
 use crate::kernel::{Holder, Kernel, Stage};
 use crate::life::Life;
+use crate::phases::Phases;
+use crate::scaling::Scaling;
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Phase, Plan, Readiness,
-    Reason, Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, WorkerId,
+    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Readiness,
+    Reason, Receipt, Report, Seat, Signal, StopMode, Trigger, Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -24,9 +27,12 @@ struct Respawns {
 #[derive(Clone)]
 pub(crate) struct Protocol {
     engine: Engine,
-    lives: BTreeMap<WorkerId, Life>,
+    pub(crate) callers: Callers,
+    pub(crate) phases: Phases,
+    pub(crate) scaling: Scaling,
+    pub(crate) lives: BTreeMap<WorkerId, Life>,
     respawns: BTreeMap<(Generation, Seat), Respawns>,
-    plans: BTreeMap<Generation, Plan>,
+    pub(crate) plans: BTreeMap<Generation, Plan>,
     active: Option<Generation>,
     /// All that it was ever steered to, or nearly.
     served: BTreeSet<Generation>,
@@ -34,7 +40,8 @@ pub(crate) struct Protocol {
     launching: Option<Generation>,
     failed: BTreeSet<Generation>,
     refused_to_steer: BTreeSet<GroupId>,
-    open_tickets: BTreeSet<Ticket>,
+    /// Sockets of seats that were removed.
+    abandoned: BTreeSet<ListenerId>,
     notices: Vec<Notice>,
     stop: Option<(StopMode, u64)>,
     /// Where a master found processes, but could get no handle: it can't steer there before the next switch.
@@ -50,6 +57,9 @@ impl Protocol {
     pub(crate) fn new(engine: Engine) -> Protocol {
         Protocol {
             engine,
+            callers: Callers::default(),
+            phases: Phases::default(),
+            scaling: Scaling::default(),
             lives: BTreeMap::new(),
             respawns: BTreeMap::new(),
             plans: BTreeMap::new(),
@@ -58,7 +68,7 @@ impl Protocol {
             launching: None,
             failed: BTreeSet::new(),
             refused_to_steer: BTreeSet::new(),
-            open_tickets: BTreeSet::new(),
+            abandoned: BTreeSet::new(),
             notices: Vec::new(),
             stop: None,
             loose: BTreeSet::new(),
@@ -82,6 +92,8 @@ impl Protocol {
             let life = Life { answered: Some(true), ready: true, ..Life::new(generation, seat, now) };
             protocol.lives.insert(*worker, life);
         }
+        protocol.phases.orphaned(generation, plan.clone());
+        protocol.scaling.settled(plan.workers);
         protocol.plans.insert(generation, plan);
         protocol.served.insert(generation);
         protocol.active = Some(generation);
@@ -90,7 +102,8 @@ impl Protocol {
 
     /// Another master goes on with this memory: clients are gone, and the service manager has heard nothing of it.
     pub(crate) fn adopted(&mut self) {
-        self.open_tickets.clear();
+        self.callers.forget();
+        self.phases.adopted();
         self.notices.clear();
     }
 
@@ -102,21 +115,28 @@ impl Protocol {
         self.stop.is_some()
     }
 
-    /// The service answers on this group: the active generation has it, and nobody wants to stop.
+    /// The service answers on this group: the active generation has it, and nobody wants to stop. As long as another
+    /// stands by, its addresses are those that count.
     pub(crate) fn promises(&self, group: GroupId) -> bool {
-        let plan = self.active.and_then(|active| self.plans.get(&active));
+        let plan = self.phases.standby().or(self.active).and_then(|active| self.plans.get(&active));
         self.stop.is_none() && plan.is_some_and(|plan| plan.groups.contains(&group))
     }
 
     /// Generations that use the socket of a seat: the one that serves, and the one that is launched.
     pub(crate) fn using(&self, group: GroupId, seat: Seat) -> BTreeSet<Generation> {
-        let uses = |generation: &Generation| has_seat(&self.plans[generation], group, seat);
-        self.active.into_iter().chain(self.launching).filter(uses).collect()
+        // Of a seat that was removed it is used until nobody is steered to it.
+        let had = |generation: &Generation| self.phases.most_seats(*generation) > seat.0;
+        let uses =
+            |generation: &Generation| had(generation) && self.plans[generation].seat_groups.contains(&group);
+        let standby = self.phases.standby();
+        self.active.into_iter().chain(self.launching).chain(standby).filter(uses).collect()
     }
 
-    /// The socket of a seat of the generation that serves stays, until the service ends.
+    /// The socket of a seat of the generation that serves stays, until the service ends, or the seat is another's.
     pub(crate) fn keeps(&self, group: GroupId, seat: Seat) -> bool {
-        self.promises(group) && self.active.is_some_and(|active| has_seat(&self.plans[&active], group, seat))
+        let is_given_up = self.phases.way.as_ref().is_some_and(|way| seat.0 < way.rolled);
+        let is_its = self.active.is_some_and(|active| has_seat(&self.plans[&active], group, seat));
+        self.promises(group) && is_its && !is_given_up
     }
 
     /// The generation serves, or has served, or was about to.
@@ -164,16 +184,15 @@ impl Protocol {
 
     pub(crate) fn is_quiet(&self) -> bool {
         let is_reloading = self.notices.last() == Some(&Notice::Reloading);
-        self.open_tickets.is_empty() && self.launching.is_none() && !is_reloading
+        self.callers.is_quiet() && self.launching.is_none() && !is_reloading
     }
 
     pub(crate) fn event(&mut self, event: &Event, now: u64) {
+        self.callers.event(event);
+        self.phases.event(event);
+        self.scaling.event(event, self.launching.is_some(), self.stop.is_some(), self.active);
         match event {
-            Event::Upgrade { by: Some((ticket, _)), .. } => {
-                self.open_tickets.insert(*ticket);
-            }
-            Event::Stop { mode, by } => {
-                self.open_tickets.extend(by);
+            Event::Stop { mode, .. } => {
                 let fast = *mode == StopMode::Fast || self.stop.is_some();
                 let since = self.stop.map_or(now, |(_, since)| since);
                 self.stop = Some((if fast { StopMode::Fast } else { StopMode::Graceful }, since));
@@ -210,6 +229,8 @@ impl Protocol {
 
     pub(crate) fn command(&mut self, command: &Command, now: u64, kernel: &Kernel, workers: &Workers) {
         assert!(self.exit.is_none(), "{command:?} after the end");
+        self.callers.command(command, self.serving());
+        self.phases.command(command);
         match command {
             Command::Spawn { worker, generation, seat } => self.spawn(*worker, *generation, *seat, now),
             Command::Signal { worker, signal } => self.signal(*worker, *signal, now),
@@ -218,6 +239,7 @@ impl Protocol {
                 assert!(life.exited.is_some() && !life.reaped, "reaped out of turn: {life:?}");
                 assert!(!workers[worker].child, "{worker:?} was reaped before its remains were gone");
                 life.reaped = true;
+                self.phases.reaped(*worker);
             }
             Command::Tell { worker, order } => self.told(*worker, *order, now, kernel, workers),
             Command::Prove { worker } => self.prove(*worker, now),
@@ -236,24 +258,14 @@ impl Protocol {
                 assert!(holds(kernel, *listener), "{command:?} without a handle")
             }
             Command::Release { listener, shutdown } => self.release(*listener, *shutdown, kernel),
-            Command::Steer { ranges, .. } => {
-                assert_eq!(self.engine, Engine::Ebpf);
-                let sum: u32 = ranges.iter().map(|range| u32::from(range.weight)).sum();
-                assert!(ranges.is_empty() || sum == 1000, "weights of {command:?}");
-            }
-            Command::Attach { shares, .. } => {
-                assert_eq!(self.engine, Engine::Cbpf);
-                let sum: u32 = shares.iter().map(|share| u32::from(share.weight)).sum();
-                assert_eq!(sum, 1000, "weights of {command:?}");
-            }
-            Command::Reply { to, .. } | Command::ReplyDone { to, .. } | Command::ReplyStopped { to } => {
-                assert!(self.open_tickets.remove(to), "{to:?} was answered twice");
-            }
+            Command::Steer { .. } => assert_eq!(self.engine, Engine::Ebpf),
+            Command::Attach { shares, .. } => assert!(self.engine == Engine::Cbpf && !shares.is_empty()),
             Command::Notify(notice) => self.notice(*notice),
             Command::Exit { code } => self.exits(*code),
             Command::Bind { group, generation, seat, .. } => {
                 assert!(has_seat(&self.plans[generation], *group, *seat), "{command:?} is in no plan");
                 let before = kernel.of_seat(*group, *seat).filter(|_| self.keeps(*group, *seat));
+                let before = before.filter(|before| !self.abandoned.contains(before));
                 assert!(before.is_none(), "{command:?}, but there is {before:?}");
             }
             Command::Evict { .. }
@@ -262,6 +274,9 @@ impl Protocol {
             | Command::Owns { .. }
             | Command::Observe { .. }
             | Command::Count { .. }
+            | Command::Reply { .. }
+            | Command::ReplyDone { .. }
+            | Command::ReplyStopped { .. }
             | Command::ReplyReexec { .. }
             | Command::Check { .. }
             | Command::EndCheck { .. }
@@ -300,15 +315,18 @@ impl Protocol {
         assert!(self.lives.keys().next_back().is_none_or(|last| *last < worker), "{worker:?} is not new");
         assert!(self.stop.is_none(), "{worker:?} is spawned although the service ends");
         assert!(seat.0 < self.plans[&generation].workers, "{seat:?} of {generation:?} does not exist");
-        let wanted = self.active == Some(generation) || self.launching == Some(generation);
+        let wanted = [self.active, self.launching, self.phases.standby()].contains(&Some(generation));
+        let is_failing = self.phases.way.as_ref().is_some_and(|way| way.is_failing && way.to == generation);
+        assert!(!is_failing, "{worker:?} is spawned although {generation:?} has failed");
         assert!(
             wanted && !self.failed.contains(&generation),
             "{generation:?} is spawned although it is over"
         );
-        let lives = |life: &Life| life.exited.is_none() && life.answered != Some(false);
+        let is_next = self.scaling.takes_place(generation, seat, worker);
+        let lives = |life: &Life| life.exited.is_none() && life.answered != Some(false) && !life.given_up;
         let twin = self.lives.values().find(|l| l.generation == generation && l.seat == seat && lives(l));
-        assert!(twin.is_none(), "{seat:?} of {generation:?} is taken by {twin:?}");
-        if let Some(respawns) = self.respawns.get(&(generation, seat)) {
+        assert!(twin.is_none() || is_next, "{seat:?} of {generation:?} is taken by {twin:?}");
+        if let Some(respawns) = self.respawns.get(&(generation, seat)).filter(|_| !is_next) {
             assert!(
                 now >= respawns.after,
                 "{seat:?} of {generation:?} was respawned before its pause was over"
@@ -319,8 +337,10 @@ impl Protocol {
 
     /// A worker of the generation that serves is left alone, unless the service ends or it broke by itself.
     fn may_end(&self, life: &Life) -> bool {
-        let is_active = self.active == Some(life.generation);
-        self.stop.is_some() || !is_active || life.exited.is_some() || life.replaced || !life.ready
+        let on_trial = self.launching.filter(|_| self.phases.way.as_ref().is_some_and(|way| !way.is_failing));
+        let serves = [self.active, on_trial, self.phases.standby()].contains(&Some(life.generation));
+        let is_its_fault = life.exited.is_some() || life.replaced || !life.ready;
+        self.stop.is_some() || !serves || life.given_up || is_its_fault
     }
 
     fn signal(&mut self, worker: WorkerId, signal: Signal, now: u64) {
@@ -365,7 +385,8 @@ impl Protocol {
         assert!(holds(kernel, listener), "a handle of {listener:?} is dropped that is not there");
         let socket = &kernel.sockets[&listener];
         if let Some(seat) = socket.seat {
-            assert!(!self.keeps(socket.group, seat), "the socket of {seat:?} was released: {socket:?}");
+            let is_kept = self.keeps(socket.group, seat) && !self.abandoned.contains(&listener);
+            assert!(!is_kept, "the socket of {seat:?} was released: {socket:?}");
         }
         if let Some(owner) = socket.owner
             && socket.is_owned()
@@ -397,23 +418,29 @@ impl Protocol {
         let left: Vec<_> =
             self.lives.iter().filter(|(_, l)| l.answered != Some(false) && !l.reaped).collect();
         assert!(left.is_empty(), "the master ended before {left:?}");
-        assert!(self.open_tickets.is_empty(), "never answered: {:?}", self.open_tickets);
         // A stop may come while a failed first generation is still being cleared away.
         let may = code == u8::from(self.first_failed) || (code == 0 && self.stop.is_some());
         assert!(may, "exit code {code}");
         self.exit = Some(code);
     }
 
-    pub(crate) fn report(&mut self, report: &Report, now: u64, plans: &BTreeMap<Generation, Plan>) {
+    pub(crate) fn report(
+        &mut self,
+        report: &Report,
+        now: u64,
+        plans: &BTreeMap<Generation, Plan>,
+        kernel: &Kernel,
+    ) {
+        let seats = self.active.map_or(0, |active| self.plans[&active].workers);
+        self.callers.report(report, seats);
+        self.trial(report, kernel);
         match report {
             Report::Launching(generation, _) => {
                 assert!(self.launching.is_none(), "{generation:?} beside {:?}", self.launching);
                 assert!(self.plans.keys().next_back().is_none_or(|last| last < generation));
                 self.plans.insert(*generation, plans[generation].clone());
                 self.launching = Some(*generation);
-            }
-            Report::Entered(generation, Phase::Steering) => {
-                self.served.insert(*generation);
+                self.phases.launching(*generation, plans[generation].clone(), self.active, now);
             }
             Report::WorkerReady(worker) => self.proven(*worker, now),
             Report::Replaced(worker, _) => self.life(*worker).replaced = true,
@@ -429,12 +456,43 @@ impl Protocol {
                 }
                 self.active = Some(*generation);
                 self.loose.clear();
+                self.phases.way.iter_mut().for_each(|way| way.is_switched = true);
             }
             Report::Ended(receipt) => self.ended(receipt),
             Report::Respawning(generation, seat, pause) => self.respawning(*generation, *seat, *pause, now),
             Report::Bug(what) => panic!("the core reports a bug: {what}"),
             _ => {}
         }
+    }
+
+    /// Its end was not told before.
+    pub(crate) fn is_new(&self, receipt: &Receipt) -> bool {
+        !self.ended.contains(&receipt.serial)
+    }
+
+    pub(crate) fn served(&mut self, generation: Generation) {
+        self.served.insert(generation);
+    }
+
+    /// It serves again.
+    pub(crate) fn back_to(&mut self, standby: Option<Generation>) {
+        self.active = standby.or(self.active);
+    }
+
+    /// What the program in force means there, nobody can say.
+    pub(crate) fn is_unclear(&self, group: GroupId) -> bool {
+        self.steer_failed(group) || self.loose.contains(&group)
+    }
+
+    /// Seats that come anew begin anew.
+    pub(crate) fn forget_respawns(&mut self, generation: Generation, is_it: impl Fn(Seat) -> bool) {
+        self.respawns.retain(|(of, seat), _| *of != generation || !is_it(*seat));
+    }
+
+    /// Sockets of seats from this one on are let go of.
+    pub(crate) fn abandon(&mut self, kernel: &Kernel, first: u16) {
+        let of_seat = kernel.sockets.iter().filter(|(_, s)| s.seat.is_some_and(|seat| seat.0 >= first));
+        self.abandoned.extend(of_seat.map(|(id, _)| *id));
     }
 
     fn ended(&mut self, receipt: &Receipt) {
@@ -448,6 +506,8 @@ impl Protocol {
         };
         *self.outcomes.entry(name).or_default() += 1;
         let Some(to) = receipt.to else { return };
+        let workers = self.active.map_or(0, |active| self.plans[&active].workers);
+        self.scaling.settled(workers);
         assert_eq!(self.launching.take(), Some(to), "an end without a beginning");
         match receipt.outcome {
             Outcome::Completed => assert_eq!(self.active, Some(to), "completed without a switch"),

@@ -35,6 +35,8 @@ pub(crate) struct Temper {
     pub(crate) closes: Option<u64>,
     /// If it has a watchdog.
     pub(crate) hangs: Option<u64>,
+    /// It does not accept for so long after it was born.
+    pub(crate) sleeps: Option<u64>,
     pub(crate) stop: StopHow,
     /// It forks a child that inherits its listeners; `true`: one that TERM does not impress.
     pub(crate) child: Option<bool>,
@@ -62,6 +64,7 @@ impl Temper {
             crash: None,
             closes: None,
             hangs: None,
+            sleeps: None,
             stop: StopHow::Orderly,
             child: rng.permille(100).then_some(false),
             accept,
@@ -70,7 +73,7 @@ impl Temper {
             sockets: if !handover && rng.permille(100) { 2 } else { 1 },
         };
         if rng.permille(bad) {
-            match rng.below(12) {
+            match rng.below(13) {
                 0 => temper.announces = 0,
                 1 => temper.announces = 2,
                 2 => temper.wrong = Some([Wrong::Missing, Wrong::Address, Wrong::NoReuseport][rng.index(3)]),
@@ -81,6 +84,7 @@ impl Temper {
                 7 => temper.stop = [StopHow::Ignores, StopHow::Hangs][rng.index(2)],
                 8 => temper.child = Some(true),
                 9 => temper.healthy = false,
+                11 => temper.sleeps = Some(rng.between(500, 3000) * MS),
                 10 => temper.hangs = Some(rng.between(50, 4000) * MS),
                 _ => {
                     temper.takes = false;

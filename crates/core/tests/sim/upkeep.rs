@@ -163,6 +163,8 @@ impl World {
                 let answer = Event::Preflighted { readable: false };
                 self.later(MS, Happening::Deliver(Box::new(answer)));
             }
+            Command::Check { run, .. } => self.run_check(*run),
+            Command::EndCheck { run } => self.end_check(*run),
             Command::Reexec => self.upkeep.executes = true,
             Command::Save => self.upkeep.must_save = true,
             Command::StartKeeper => {

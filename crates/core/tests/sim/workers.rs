@@ -280,6 +280,8 @@ impl World {
     pub(crate) fn plan_accept(&mut self, id: WorkerId) {
         let delay = self.rng.below(self.workers[&id].temper.accept + 1);
         let worker = &self.workers[&id];
+        let awake = worker.temper.sleeps.filter(|_| self.faults).map_or(0, |sleeps| worker.born + sleeps);
+        let delay = delay.max(awake.saturating_sub(self.now));
         if worker.runs
             && worker.mute.is_none()
             && !worker.accept_planned

@@ -252,6 +252,7 @@ impl World {
             }
         }
         self.oracle.settled(self.now, self.master.next_deadline(), &self.kernel, &self.workers);
+        self.oracle.protocol.phases.settled(&self.master, self.now);
     }
 
     /// The next one, or what is only done when there is none.
@@ -344,6 +345,7 @@ impl World {
                 let latest = self.plan.as_ref();
                 self.oracle.report(&report, self.now, &mut self.plans, latest, &self.kernel, &self.workers);
                 self.judge_stuck(&report);
+                self.judge_trial(&report);
             }
             Command::Bind { group, worker, seat, .. } => {
                 let result = self.bind_seat(group, seat);
@@ -354,10 +356,10 @@ impl World {
             | Command::ReplyDone { .. }
             | Command::ReplyStopped { .. }
             | Command::ReplyReexec { .. }
-            | Command::Check { .. }
-            | Command::EndCheck { .. }
             | Command::Exit { .. } => {}
-            Command::Save
+            Command::Check { .. }
+            | Command::EndCheck { .. }
+            | Command::Save
             | Command::Preflight
             | Command::EndPreflight
             | Command::Reexec

@@ -1,0 +1,187 @@
+//! The part of the judge that counts seats: how many there shall be, and whose turn on them it is.
+
+use crate::kernel::Kernel;
+use crate::life::Life;
+use crate::protocol::Protocol;
+use reuseportd_core::{Event, Generation, Number, Phase, Plan, Reason, Report, Seat, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Wishes for a number of workers.
+#[derive(Clone, Default)]
+pub(crate) struct Scaling {
+    /// So many there shall be in the generation that serves.
+    wanted: u16,
+    /// What was wished while an upgrade ran.
+    later: Vec<Number>,
+    /// Another worker was asked for.
+    replacing: BTreeSet<(Generation, Seat)>,
+    /// The one that is to take the seat.
+    next: BTreeMap<(Generation, Seat), WorkerId>,
+}
+
+fn apply(number: Number, present: u16) -> u16 {
+    match number {
+        Number::Exactly(wanted) => wanted.clamp(1, 1024),
+        Number::More => (present + 1).min(1024),
+        Number::Fewer => present.saturating_sub(1).max(1),
+    }
+}
+
+impl Scaling {
+    pub(crate) fn event(
+        &mut self,
+        event: &Event,
+        upgrades: bool,
+        stops: bool,
+        active: Option<Generation>,
+    ) {
+        match (event, active) {
+            (Event::Scale { .. } | Event::Replace { .. }, _) if stops => {}
+            (Event::Scale { to, .. }, _) if upgrades => self.later.push(*to),
+            (Event::Scale { to, .. }, Some(_)) => self.wanted = apply(*to, self.wanted),
+            (Event::Replace { seat, .. }, Some(active)) if !upgrades && seat.0 < self.wanted => {
+                if !self.next.contains_key(&(active, *seat)) {
+                    self.replacing.insert((active, *seat));
+                }
+            }
+            (Event::Exited { worker, .. } | Event::SpawnFailed { worker, .. }, _) => {
+                self.next.retain(|_, next| next != worker);
+            }
+            _ => {}
+        }
+    }
+
+    /// So many seats the next generation has.
+    pub(crate) fn launching(&mut self, plan: &Plan, present: Option<&Plan>) -> u16 {
+        let later = std::mem::take(&mut self.later);
+        if present.is_none_or(|present| present.config != plan.config) {
+            return plan.workers;
+        }
+        self.wanted = later.into_iter().fold(self.wanted, |wanted, number| apply(number, wanted));
+        self.later = vec![Number::Exactly(self.wanted)];
+        self.wanted
+    }
+
+    /// An upgrade has ended, and this many seats serve.
+    pub(crate) fn settled(&mut self, workers: u16) {
+        let later = std::mem::take(&mut self.later);
+        self.wanted = later.into_iter().fold(workers, |wanted, number| apply(number, wanted));
+        self.replacing.clear();
+    }
+
+    pub(crate) fn wanted(&self) -> u16 {
+        self.wanted
+    }
+
+    /// Whether this worker was asked for beside the seat's present one.
+    pub(crate) fn takes_place(&mut self, generation: Generation, seat: Seat, worker: WorkerId) -> bool {
+        let is_next = self.replacing.remove(&(generation, seat));
+        if is_next {
+            self.next.insert((generation, seat), worker);
+        }
+        is_next
+    }
+}
+
+impl Protocol {
+    /// So many workers of the generation that serves, do.
+    pub(crate) fn serving(&self) -> u16 {
+        let serves = |life: &&Life| {
+            Some(life.generation) == self.active()
+                && life.ready
+                && !life.given_up
+                && !life.replaced
+                && life.exited.is_none()
+                && life.stopped.is_none()
+        };
+        u16::try_from(self.lives.values().filter(serves).count()).unwrap_or(u16::MAX)
+    }
+
+    /// Seats of an upgrade by batches that should have somebody who serves, and have not.
+    pub(crate) fn vacant_seats(&self, from: Generation, to: Generation) -> usize {
+        let rolled = self.phases.way.as_ref().map_or(0, |way| way.rolled);
+        let is_filled = |generation, seat: u16| {
+            let sits = |life: &Life| life.generation == generation && life.seat == Seat(seat) && !life.given_up;
+            self.lives.iter().any(|(id, life)| sits(life) && self.is_serving(*id) && !life.replaced)
+        };
+        let new = (0..rolled).filter(|seat| !is_filled(to, *seat)).count();
+        new + (rolled..self.plans[&from].workers).filter(|seat| !is_filled(from, *seat)).count()
+    }
+
+    fn give_up(&mut self, generation: Generation, is_it: impl Fn(Seat) -> bool) -> Vec<WorkerId> {
+        let its = |life: &Life| life.generation == generation && is_it(life.seat) && !life.given_up;
+        let mut given_up = Vec::new();
+        for (id, life) in self.lives.iter_mut().filter(|(_, life)| its(life)) {
+            life.given_up = true;
+            given_up.extend((!life.reaped && life.answered != Some(false)).then_some(*id));
+        }
+        given_up
+    }
+
+    /// What an upgrade, or the operator, makes of seats.
+    pub(crate) fn trial(&mut self, report: &Report, kernel: &Kernel) {
+        let skip = |group| self.is_unclear(group);
+        match report {
+            Report::Entered(generation, phase) => {
+                self.phases.entered(*generation, *phase);
+                if matches!(phase, Phase::Canary | Phase::Steering) {
+                    self.served(*generation);
+                }
+            }
+            Report::Failing(_, reason) => self.fails(*reason),
+            Report::Shared(generation, share) => {
+                let unclear: BTreeSet<_> = kernel.groups.keys().copied().filter(|g| skip(*g)).collect();
+                self.phases.shared(*generation, *share, kernel, |group| unclear.contains(&group));
+            }
+            Report::Rolled(_, launched, _) => {
+                let unclear: BTreeSet<_> = kernel.groups.keys().copied().filter(|g| skip(*g)).collect();
+                let from = self.phases.way.as_ref().and_then(|way| way.from);
+                let old = from.map(|from| self.give_up(from, |seat| seat.0 < *launched)).unwrap_or_default();
+                self.phases.rolled(*launched, old, kernel, |group| unclear.contains(&group));
+            }
+            Report::SteeredBack(..) => self.phases.tally.steered_back += 1,
+            Report::Scaled(generation, workers) => {
+                self.phases.scaled(*generation, *workers);
+                if let Some(plan) = self.plans.get_mut(generation) {
+                    plan.workers = *workers;
+                }
+                let (generation, workers) = (*generation, *workers);
+                self.give_up(generation, |seat| seat.0 >= workers);
+                self.forget_respawns(generation, |seat| seat.0 >= workers);
+                self.abandon(kernel, workers);
+                self.scaling.next.retain(|(of, seat), _| *of != generation || seat.0 < workers);
+            }
+            Report::SeatReplaced(generation, seat) => {
+                self.phases.tally.replaced += 1;
+                let next = self.scaling.next.remove(&(*generation, *seat));
+                let Some(next) = next else { panic!("{report:?}, but nobody asked for it") };
+                assert!(self.is_serving(next), "{report:?} by {next:?}, which does not serve");
+                self.give_up(*generation, |of| of == *seat);
+                if let Some(life) = self.lives.get_mut(&next) {
+                    life.given_up = false;
+                }
+            }
+            Report::Drained(generation) => self.phases.drained(*generation),
+            Report::Ended(receipt) if self.is_new(receipt) => self.phases.ended(receipt),
+            _ => {}
+        }
+    }
+
+    fn fails(&mut self, reason: Reason) {
+        // Whoever stood by serves again.
+        let standby = self.phases.standby();
+        self.phases.failing();
+        self.back_to(standby);
+        self.phases.tally.taken_back += u64::from(reason == Reason::TakenBack);
+        self.phases.tally.queues += u64::from(matches!(reason, Reason::QueueGrows(_)));
+        let way = self.phases.way.as_ref().map(|way| (way.from, way.rolled));
+        if let Some((Some(from), rolled)) = way {
+            self.forget_respawns(from, |seat| seat.0 < rolled);
+        }
+        if let Reason::Stuck(_, worker) | Reason::WrongListeners(_, worker, _) = reason
+            && let Some(life) = self.lives.get_mut(&worker)
+        {
+            life.replaced = true;
+        }
+    }
+}
