@@ -63,7 +63,12 @@ impl Step {
             let answers = |generation| report.generations.get(&generation).map_or(0, |of| of.answers);
             let (old, new) = (answers(1), answers(2));
             let share = new as f64 / count as f64;
-            eprintln!("{what}, {} of {}: {new} of {count}, {:.2} %", self.share, report.target, 100.0 * share);
+            eprintln!(
+                "{what}, {} of {}: {new} of {count}, {:.2} %",
+                self.share,
+                report.target,
+                100.0 * share
+            );
             assert_eq!((report.lost(), old + new), (0, count), "{report}");
             assert!((self.least..=self.most).contains(&share), "{}: {share} {report}", self.share);
         }
@@ -72,7 +77,9 @@ impl Step {
 
 /// Waits for the canary to have this share, which status tells of both generations.
 pub(crate) fn in_force(master: &Master, to: u32, share: f64) -> Status {
-    let of = |status: &Status, generation| status.generations.iter().find(|one| one.generation == generation).cloned();
+    let of = |status: &Status, generation| {
+        status.generations.iter().find(|one| one.generation == generation).cloned()
+    };
     let close = |one: &GenerationStatus, share: f64| (one.share - share).abs() < 1e-9;
     let status = master.wait_status("a canary of this share", |status| {
         of(status, to).is_some_and(|one| one.state == GenerationState::Canary && close(&one, share))
@@ -81,6 +88,12 @@ pub(crate) fn in_force(master: &Master, to: u32, share: f64) -> Status {
     let old = of(&status, to - 1).expect("both serve");
     assert!(old.state == GenerationState::Active && close(&old, 1.0 - share), "{status:#?}");
     status
+}
+
+/// The pids of a generation, by seat.
+pub(crate) fn pids_of(status: &Status, generation: u32) -> Vec<u32> {
+    let of = status.generations.iter().filter(|one| one.generation == generation);
+    of.flat_map(|one| &one.workers).filter_map(|worker| worker.pid).collect()
 }
 
 /// The line of the config.
@@ -189,7 +202,8 @@ fn two_steps_a_bake_and_their_checks() {
             let ran = gate.begun(&master, run);
             let status = master.status();
             let new = status.generations.iter().find(|one| one.generation == 2).unwrap();
-            let pids: Vec<String> = new.workers.iter().map(|worker| worker.pid.unwrap().to_string()).collect();
+            let pids: Vec<String> =
+                new.workers.iter().map(|worker| worker.pid.unwrap().to_string()).collect();
             let mut told: Vec<&str> = ran.variable("REUSEPORTD_PIDS").split(' ').collect();
             told.sort_unstable_by_key(|pid| pids.iter().position(|one| one == pid));
             assert_eq!(told, pids);
@@ -213,7 +227,8 @@ fn two_steps_a_bake_and_their_checks() {
         }
         let (code, receipt) = master.receipt(upgrade.finish(PATIENCE));
         let phases: Vec<Phase> = receipt.phases.iter().map(|time| time.phase).collect();
-        let all = [Phase::Launching, Phase::Canary, Phase::Switch, Phase::Baking, Phase::Retiring, Phase::Draining];
+        let all =
+            [Phase::Launching, Phase::Canary, Phase::Switch, Phase::Baking, Phase::Retiring, Phase::Draining];
         assert_eq!((code, &phases[..], receipt.checks_passed), (0, &all[..], 3), "{receipt:#?}");
         for (index, least) in [(1, 2000), (3, 1000)] {
             assert!(receipt.phases[index].ms >= least, "shorter than the hold: {receipt:#?}");

@@ -261,7 +261,8 @@ fn a_receipt_is_completed_when_the_old_workers_are_gone() {
 
         app.write();
         let (client, second) = draining(world, &master);
-        master.wait_status("kept", |_| state_of(master.app()).contains("\"to\":3"));
+        let shown = "\"to\":3,\"trigger\":\"command\",\"outcome\":\"completed\"";
+        master.wait_status("kept", |_| state_of(master.app()).contains(shown));
         master.kill();
         master.restart();
         master.wait_adopted();

@@ -8,14 +8,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use reuseportd_wire::status::{MasterState, Outcome, Phase, Receipt, Trigger};
+use reuseportd_wire::status::{MasterState, Outcome, Phase, Receipt, Status, Trigger};
+use rustix::process::Signal;
 
 use crate::support::PATIENCE;
 use crate::support::app::{App, test_worker};
 use crate::support::client::Held;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;
-use crate::support::process::{kill, processes_of};
+use crate::support::process::{keepers_of, kill, processes_of, state_of};
 use crate::support::world::{World, example, needs_of, tool, world};
 use crate::upgrade::control_loses;
 
@@ -146,6 +147,16 @@ fn programs_come_back(engine: &'static str, mode: &str) {
 #[test]
 fn programs_come_back_sdk_ebpf() {
     programs_come_back("ebpf", "sdk");
+}
+
+#[test]
+fn programs_come_back_unmodified_ebpf() {
+    programs_come_back("ebpf", "plain");
+}
+
+#[test]
+fn programs_come_back_sdk_cbpf() {
+    programs_come_back("cbpf", "sdk");
 }
 
 #[test]
@@ -318,6 +329,35 @@ fn there_may_be_none_before() {
         broken.write();
         assert_eq!(master.failing_upgrade().0, 1);
         refused(&master, "no generation before");
+        app.write();
+        master.upgrade();
+        let done = master.cli("rollback");
+        assert_eq!((done.code, done.stdout.as_str()), (0, "rollback accepted\n"), "{done:#?}");
+        master.wait_status("back", |status| {
+            status.state == MasterState::Steady && status.active_generation == Some(4)
+        });
+        master.stop();
+    });
+}
+
+#[test]
+fn what_was_found_without_a_master_does_not_come_back() {
+    world(&[], |world| {
+        let app = App::test_worker(world, "");
+        let mut master = Master::start(world, &app);
+        // Neither can replace the other.
+        master.signal(Signal::STOP);
+        kill(keepers_of(master.app()));
+        master.kill();
+        master.restart();
+        let is_replaced =
+            |status: &Status| status.state == MasterState::Steady && status.generations.len() == 1;
+        master.wait_adopted();
+        master.wait_status("upgraded away from", is_replaced);
+        assert_eq!(master.status().last_upgrade.map(|receipt| receipt.trigger), Some(Trigger::Orphans));
+        refused(&master, "no generation before");
+        master.upgrade();
+        rollback(&master);
         master.stop();
     });
 }
@@ -415,4 +455,35 @@ fn while_retiring_unmodified_ebpf() {
 #[test]
 fn while_retiring_sdk_cbpf() {
     while_retiring("cbpf", "sdk");
+}
+
+/// The master is killed while the old program starts: the next one goes on with it.
+#[test]
+fn a_rollback_outlives_the_master() {
+    world(&[], |world| {
+        let program = Program::new(world);
+        let app = program.app(world, "--ready-delay 1000");
+        let mut master = Master::start(world, &app);
+        let first = program.file();
+        program.become_another_by_rename();
+        master.upgrade();
+        fs::remove_file(&program.path).unwrap();
+        let client = master.begin("rollback --wait");
+        master.wait_status("kept", |_| state_of(master.app()).contains("\"trigger\":\"Rollback\""));
+        master.kill();
+        let done = client.finish(PATIENCE);
+        assert!(done.code == 1 && done.stderr.contains("the master ended"), "{done:#?}");
+        master.restart();
+        master.wait_adopted();
+        let is_back = |status: &Status| {
+            status.state == MasterState::Steady
+                && status.active_generation > Some(2)
+                && status.generations.len() == 1
+        };
+        master.wait_status("back", is_back);
+        assert_eq!(running(&master), [first].into(), "{}", master.log());
+        let last = master.status().last_upgrade.expect("of the rollback");
+        assert_eq!((last.trigger, last.outcome), (Trigger::Rollback, Outcome::Completed), "{last:#?}");
+        master.stop();
+    });
 }

@@ -89,7 +89,9 @@ impl Progress {
                 self.draw();
             }
             // A closed stderr must not stop the wait for the outcome.
-            None if begins || is_new && ready.is_none() => drop(writeln!(stderr(), "{phase}: {}", escape(text))),
+            None if begins || is_new && ready.is_none() => {
+                drop(writeln!(stderr(), "{phase}: {}", escape(text)));
+            }
             None => {}
         }
     }

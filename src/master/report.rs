@@ -272,7 +272,9 @@ impl Shell {
             Phase::Steering => format!("new connections go to generation {n}"),
             // The first generation has nobody to take over from.
             Phase::Retiring if view.generations.len() < 2 => return,
-            Phase::Retiring if is_part => format!("a batch of generation {n} serves, as many old workers leave"),
+            Phase::Retiring if is_part => {
+                format!("a batch of generation {n} serves, as many old workers leave")
+            }
             Phase::Retiring => format!("generation {n} serves, the listeners of the old one leave"),
             Phase::RollingBack => words::failed(n),
             Phase::Draining => words::draining(Some(n)),

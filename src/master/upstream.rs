@@ -69,7 +69,8 @@ impl Upstream {
     fn extend(&self, by: Duration) {
         // A little more than the phase may take: the answer to its end has to arrive too.
         let by = by.saturating_add(Duration::from_secs(5));
-        self.send(&[NotifyState::ExtendTimeoutUsec(u32::try_from(by.as_micros()).unwrap_or(u32::MAX))]);
+        // As text, because sd-notify's number ends at 71 minutes, and a bake may be longer.
+        self.send(&[NotifyState::Custom(&format!("EXTEND_TIMEOUT_USEC={}", by.as_micros()))]);
     }
 
     /// The state in words, one line.

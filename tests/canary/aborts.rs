@@ -3,10 +3,10 @@
 use std::fs;
 use std::time::Duration;
 
-use reuseportd_wire::status::{MasterState, Outcome, Phase, Receipt, Status};
+use reuseportd_wire::status::{MasterState, Outcome, Phase, Receipt};
 use rustix::process::Signal;
 
-use super::steps;
+use super::{pids_of, steps};
 use crate::crash::{kill_the_fullest, one_at_a_time, queues_of_twenty};
 use crate::support::PATIENCE;
 use crate::support::app::{App, test_worker};
@@ -14,8 +14,8 @@ use crate::support::gate::{self, Gate};
 use crate::support::load::Load;
 use crate::support::master::Master;
 use crate::support::process::signal;
-use crate::support::world::{World, needs_of, world};
 use crate::support::rounds;
+use crate::support::world::{World, needs_of, world};
 
 /// The bound of the contract, from the failure to the kernel's confirmation.
 const STEER_BACK_US: u64 = 1000;
@@ -55,7 +55,12 @@ const CRASH: Abort = Abort {
 
 const ABORTS: &[Abort] = &[
     CRASH,
-    Abort { sort: "crash two seconds into the bake", phase: MasterState::Baking, after: Duration::from_secs(2), ..CRASH },
+    Abort {
+        sort: "crash two seconds into the bake",
+        phase: MasterState::Baking,
+        after: Duration::from_secs(2),
+        ..CRASH
+    },
     Abort {
         sort: "silence in the bake",
         phase: MasterState::Baking,
@@ -96,12 +101,6 @@ fn on_trial(app: &App, phase: MasterState) -> App {
         MasterState::Canary => app.clone().upgrade(steps(&["{ share = \"50%\", hold = \"10m\" }"])),
         _ => app.clone().upgrade("bake = \"10m\""),
     }
-}
-
-/// The pids of a generation, by seat.
-pub(crate) fn pids_of(status: &Status, generation: u32) -> Vec<u32> {
-    let of = status.generations.iter().filter(|one| one.generation == generation);
-    of.flat_map(|one| &one.workers).filter_map(|worker| worker.pid).collect()
 }
 
 fn suffer(world: &World, master: &Master, gate: &Gate, app: &App, abort: &Abort) -> Receipt {

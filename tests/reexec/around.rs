@@ -136,6 +136,8 @@ fn nothing_piles_up(engine: &'static str, mode: &str) {
     world(needs_of(engine), |world| {
         let app = App::test_worker(world, &format!("--mode {mode}")).workers(2).engine(engine);
         let master = Master::start(world, &app);
+        // From the first upgrade on the program of the generation before is held, too.
+        master.upgrade();
         let first = keeper(&master);
         let (before, of_keeper) = (usual(&master, master.pid()), usual(&master, first));
         reexec(&master);

@@ -26,7 +26,8 @@ pub(crate) fn answer(mut client: TcpStream) -> String {
 }
 
 /// Two clients of a service with a single worker that answers in its accept loop: that is busy with the one, and the
-/// other waits in its queue. Until they are answered its listener can't leave, and so a retirement goes on.
+/// other waits in its queue. Until they are answered its listener can't leave, and so a retirement goes on. (That of a
+/// handover worker under `ebpf` leaves after a second all the same: the kernel moves its queue.)
 pub(crate) struct Held {
     accepted: TcpStream,
     queued: TcpStream,

@@ -44,9 +44,11 @@ pub(crate) fn serving(status: &Status) -> impl Iterator<Item = &WorkerStatus> {
     workers.filter(|worker| worker.state == WorkerState::Serving)
 }
 
-/// The fewest workers that served at a time.
-pub(crate) fn fewest_serving(seen: &[Status]) -> usize {
-    seen.iter().map(|status| serving(status).count()).min().expect("the watcher looks once at least")
+/// Demands that so many workers served all the while.
+pub(crate) fn always_served(seen: &[Status], workers: usize) {
+    let fewest = seen.iter().min_by_key(|status| serving(status).count());
+    let fewest = fewest.expect("the watcher looks once at least");
+    assert!(serving(fewest).count() >= workers, "fewer than {workers} serve: {fewest:#?}");
 }
 
 /// Seat and pid of each worker of a generation that serves, by seat.

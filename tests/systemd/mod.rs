@@ -5,6 +5,7 @@ mod hardening;
 mod reload;
 mod start;
 mod stop;
+mod trial;
 mod unit;
 mod watchdog;
 

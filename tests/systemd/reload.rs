@@ -41,7 +41,7 @@ fn reload_upgrades_or_fails(systemd: Systemd) {
 }
 
 /// The unit is as it was, and says why.
-fn unchanged(unit: &Unit<'_>, reasons: &[&str]) {
+pub(super) fn unchanged(unit: &Unit<'_>, reasons: &[&str]) {
     assert_eq!(unit.property("ActiveState"), "active");
     let text = unit.property("StatusText");
     for reason in reasons {
@@ -57,7 +57,7 @@ fn reload_by_signal(systemd: Systemd) {
     });
 }
 
-fn notify_reload() -> String {
+pub(super) fn notify_reload() -> String {
     fs::read_to_string(repository("deploy/notify-reload.conf")).unwrap()
 }
 

@@ -10,6 +10,7 @@ use crate::plan::{Engine, Plan};
 use crate::slots::Slots;
 use crate::timers::Timer;
 use crate::worker::{Worker, WorkerKind, WorkerState};
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
 /// "Bad file descriptor", said by the core itself of a socket that was let go of.
@@ -31,6 +32,7 @@ impl Master {
             group.is_stale = !is_before_first || is_stopping;
             group.in_force = if is_empty { InForce::Nothing } else { InForce::Unknown };
             group.is_inherited = true;
+            (group.admitting, group.reaching) = (0, BTreeSet::new());
             self.timers.disarm(Timer::Group(*id));
         }
         for id in lost {
@@ -61,7 +63,8 @@ impl Master {
         self.generation_last = self.generation_last.max(generation.0);
         self.open_groups(&plan.groups);
         // Sockets of seats are no more than theirs: the next generation gets its own.
-        let mut record = GenerationRecord::new(Plan { seat_groups: Vec::new(), configured: plan.workers, ..plan });
+        let mut record =
+            GenerationRecord::new(Plan { seat_groups: Vec::new(), configured: plan.workers, ..plan });
         record.state = GenerationState::Active;
         record.is_found = true;
         for ((seat, place), (id, _)) in (0..).zip(&mut record.seats).zip(orphans) {

@@ -5,9 +5,10 @@ use crate::command::{Command, Order, Share};
 use crate::group::{After, Group, InForce, Work};
 use crate::id::{GroupId, ListenerId};
 use crate::master::Master;
+use crate::plan::Engine;
 use crate::steer::RETRY;
 use crate::timers::Timer;
-use crate::worker::WorkerKind;
+use crate::worker::{Worker, WorkerKind};
 use alloc::vec::Vec;
 
 impl Master {
@@ -114,7 +115,26 @@ impl Master {
         true
     }
 
+    /// An unmodified worker that starts may begin to listen at any moment: just before a listener leaves it would be the one
+    /// that moves, just after it the last, and nothing would tell the one from the other.
+    pub(crate) fn may_be_joined(&self, id: GroupId) -> bool {
+        let is_handover = |generation| {
+            let mut of_it = self.workers.values().filter(|worker| worker.generation == generation);
+            of_it.any(|worker| worker.kind == Some(WorkerKind::Handover))
+        };
+        let may_join = |worker: &Worker| {
+            let plan = self.generations.get(&worker.generation).map(|record| &record.plan);
+            let listens_there = plan.is_some_and(|plan| plan.groups.contains(&id));
+            listens_there && worker.state.is_starting() && !is_handover(worker.generation)
+        };
+        self.engine == Engine::Cbpf && self.workers.values().any(may_join)
+    }
+
     pub(crate) fn release_now(&mut self, id: GroupId, leaving: ListenerId) {
+        if self.may_be_joined(id) {
+            self.mark_stale(id);
+            return self.work(id, Work::Idle);
+        }
         self.forget_listener(leaving);
         self.outdate_looks(id);
         if let Some(group) = self.groups.get_mut(&id) {

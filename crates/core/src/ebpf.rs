@@ -44,8 +44,9 @@ impl Master {
             return;
         }
         let wanted = InForce::Ranges(ranges.clone());
-        // A program is attached through a listener, and names them.
-        let is_empty = target.is_empty() || !self.listeners.values().any(|listener| listener.group == id);
+        // A program is attached through one that listens, and names them.
+        let is_there = |listener: &Listener| listener.group == id && listener.listens;
+        let is_empty = target.is_empty() || !self.listeners.values().any(is_there);
         let is_new = group.in_force != wanted && !(is_empty && group.in_force == InForce::Nothing);
         if is_new {
             self.put_in_force(id, wanted, After::Steer);
@@ -102,11 +103,12 @@ impl Master {
 
     /// Puts a listener under a key of its seat. A dead predecessor's key is taken over, which ends its being chosen.
     fn admit(&mut self, id: ListenerId, keys: KeyRange) {
-        let Some(listener) =
-            self.listeners.get(&id).filter(|listener| listener.key.is_none() && listener.handle)
-        else {
+        let Some(listener) = self.listeners.get(&id).filter(|listener| listener.key.is_none()) else {
             return;
         };
+        if !listener.handle {
+            return self.reach(id);
+        }
         let (group, first) = (listener.group, keys.base + u32::from(listener.seat.0) * keys.stride);
         let mut of_seat = first..first + keys.stride;
         let is_free = |key: &u32| {
@@ -125,6 +127,19 @@ impl Master {
             group.admitting += 1;
         }
         self.push(Command::Admit { listener: id, key });
+    }
+
+    /// A master that was killed had let go of its handle, and that it was under a key is not known: it is taken again, to be
+    /// admitted by it.
+    fn reach(&mut self, id: ListenerId) {
+        let Some(listener) = self.listeners.get(&id) else { return };
+        let group = listener.group;
+        let is_needed = self.is_its_own(id) && !self.is_surplus(group, listener);
+        let Some(of) = self.groups.get_mut(&group).filter(|_| is_needed) else { return };
+        if of.reaching.insert(id) {
+            of.admitting += 1;
+            self.push(Command::Anchor { listener: id });
+        }
     }
 
     /// Takes what another master put there later than this memory is out of the array, now that it is not chosen; unless
@@ -207,15 +222,24 @@ impl Master {
         let serves = |l: &Listener| {
             self.workers.get(&l.worker).is_some_and(|worker| worker.state == WorkerState::Serving)
         };
-        let is_spare = |id: &ListenerId, l: &Listener| {
+        let is_spare = |listener: &ListenerId, l: &Listener| {
             // Without a key it may still need one: then the handle is what it is admitted by.
-            l.handle && l.listens && !l.leaving && serves(l) && l.key.is_some() && Some(*id) != anchor
+            let needs_none = l.key.is_some() || self.is_surplus(id, l);
+            l.handle && l.listens && !l.leaving && serves(l) && needs_none && Some(*listener) != anchor
         };
         let of_group = self.listeners.iter().filter(|(_, l)| l.group == id);
         let spare: Vec<ListenerId> = of_group.filter(|(id, l)| is_spare(id, l)).map(|(id, _)| *id).collect();
         for listener in spare.into_iter().filter(|listener| self.is_its_own(*listener)).collect::<Vec<_>>() {
             self.drop_handle(listener);
         }
+    }
+
+    /// All keys of its seat are those of other listeners of its worker.
+    fn is_surplus(&self, id: GroupId, listener: &Listener) -> bool {
+        let keys = self.groups.get(&id).and_then(|group| group.keys.of(listener.generation));
+        let has_key = |l: &&Listener| l.group == id && l.worker == listener.worker && l.key.is_some();
+        let taken = self.listeners.values().filter(has_key).count();
+        keys.is_some_and(|keys| u32::try_from(taken).is_ok_and(|taken| taken >= keys.stride))
     }
 
     /// An unmodified worker made it.
@@ -237,7 +261,12 @@ impl Master {
         if result.is_err() {
             listener.key = None;
         }
-        let id = listener.group;
+        let group = listener.group;
+        self.admitted(group, result);
+    }
+
+    /// One listener fewer to wait for; with none left, the group is steered.
+    fn admitted(&mut self, id: GroupId, result: Result<(), i32>) {
         let Some(group) = self.groups.get_mut(&id) else { return };
         group.admitting = group.admitting.saturating_sub(1);
         group.admit_failed = group.admit_failed.or(result.err());
@@ -257,11 +286,22 @@ impl Master {
             if result.is_ok() {
                 self.push(Command::Release { listener: id, shutdown: false });
             }
-            return self.forget_anchoring(id);
+            self.forget_anchoring(id);
+            let mut groups = self.groups.iter_mut();
+            let group = groups.find_map(|(of, group)| group.reaching.remove(&id).then_some(*of));
+            return group.into_iter().for_each(|group| self.admitted(group, Ok(())));
         };
-        let group = listener.group;
+        let (group, worker) = (listener.group, listener.worker);
         listener.handle |= result.is_ok();
         self.forget_anchoring(id);
+        if let Some(of) = self.groups.get_mut(&group)
+            && of.reaching.remove(&id)
+        {
+            if result.is_err() {
+                self.push(Command::Owns { listener: id, worker });
+            }
+            return self.admitted(group, result);
+        }
         if result.is_ok() {
             self.keep_anchor(group);
         }

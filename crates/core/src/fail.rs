@@ -41,8 +41,9 @@ impl Master {
         }
         self.report(Report::Failing(to, reason));
         if is_chosen {
+            self.end_starting(to);
             if must_restore {
-                self.restore(from, to);
+                self.restore(from);
             }
             return;
         }
@@ -92,6 +93,16 @@ impl Master {
         self.end_trial();
     }
 
+    /// Ends workers of the generation that do not serve yet.
+    fn end_starting(&mut self, generation: Generation) {
+        for worker in self.workers_of(generation) {
+            let state = self.workers.get(&worker).map(|worker| worker.state);
+            if state.is_some_and(|state| state != WorkerState::Serving && !state.is_ending()) {
+                self.end_unproven(worker);
+            }
+        }
+    }
+
     /// There is no time for a look before the kernel is told.
     pub(crate) fn is_steering_back(&self) -> bool {
         self.upgrade.as_ref().is_some_and(|upgrade| upgrade.step == UpgradeStep::SteeringBack)
@@ -113,14 +124,8 @@ impl Master {
     }
 
     /// Old workers that were replaced come back first, from the old program: until they serve, the new ones do.
-    fn restore(&mut self, from: Option<Generation>, to: Generation) {
+    fn restore(&mut self, from: Option<Generation>) {
         self.enter_step(UpgradeStep::Restoring);
-        for worker in self.workers_of(to) {
-            let state = self.workers.get(&worker).map(|worker| worker.state);
-            if state.is_some_and(|state| state != WorkerState::Serving && !state.is_ending()) {
-                self.end_unproven(worker);
-            }
-        }
         let Some(from) = from else { return };
         let Some(record) = self.generations.get_mut(&from) else { return };
         let mut seats = Vec::new();

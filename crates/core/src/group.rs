@@ -5,6 +5,7 @@ use crate::command::{Range, Share};
 use crate::event::Depth;
 use crate::id::{Generation, GroupId, ListenerId, Seat, Time, WorkerId};
 use crate::slots::{Keys, Slots};
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +116,9 @@ pub(crate) struct Group {
     pub(crate) is_inherited: bool,
     /// `ebpf`: keys not confirmed yet.
     pub(crate) admitting: u32,
+    /// `ebpf`: those of them of which a handle is to be had first.
+    #[serde(default)]
+    pub(crate) reaching: BTreeSet<ListenerId>,
     /// `ebpf`: one of them was refused.
     pub(crate) admit_failed: Option<i32>,
     /// Looks that are not answered yet.
@@ -145,6 +149,7 @@ impl Group {
             has_unseen: false,
             is_inherited: false,
             admitting: 0,
+            reaching: BTreeSet::new(),
             admit_failed: None,
             looks: 0,
             looks_outdated: 0,

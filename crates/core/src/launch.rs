@@ -106,7 +106,7 @@ impl Master {
     pub(crate) fn enter_step(&mut self, step: UpgradeStep) {
         let Some(upgrade) = self.upgrade.as_mut() else { return };
         let (before, after, to) = (Self::phase(&upgrade.step), Self::phase(&step), upgrade.to);
-        let begins = upgrade.step == UpgradeStep::Queued;
+        let begins = upgrade.step == UpgradeStep::Queued && upgrade.launched == 0;
         if before != after {
             upgrade.receipt.add_phase(before, self.now.since(upgrade.phase_since));
             upgrade.phase_since = self.now;
@@ -265,13 +265,14 @@ impl Master {
         if from.is_none() && outcome == Outcome::RolledBack {
             self.stopping =
                 Some(Stopping { mode: crate::event::StopMode::Fast, waiting: Vec::new(), code: 1 });
-            self.drop_wish();
+            self.drop_wishes();
             return false;
         }
         if is_told {
             self.notify(Notice::Ready);
         }
         self.begin_wish();
+        self.advance_scaling();
         true
     }
 }

@@ -201,6 +201,7 @@ impl Master {
         self.pump_all();
         // A group that had to be steered first may turn out to have nobody to be steered to.
         self.advance_launch();
+        self.advance_scaling();
         self.advance_upgrade();
         self.advance_retirements();
         self.advance_stop();

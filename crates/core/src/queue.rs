@@ -187,9 +187,11 @@ impl Master {
         }
     }
 
-    /// The waiting upgrade will never begin.
-    pub(crate) fn drop_wish(&mut self) {
+    /// The waiting upgrade will never begin, nor will there be another number of workers.
+    pub(crate) fn drop_wishes(&mut self) {
         self.timers.disarm(Timer::Wish);
+        let waiting = self.scaling.take().map(|scaling| scaling.waiting).unwrap_or_default();
+        self.answer_all(waiting, Some(Reason::Stopped));
         if let Some(wish) = self.wish.take() {
             self.refuse(&wish, Reason::Stopped);
         }

@@ -86,17 +86,6 @@ impl Master {
         self.look_at_retirement(id);
     }
 
-    /// Who can be chosen in the worker's groups has changed.
-    fn mark_stale_of(&mut self, worker: WorkerId) {
-        for listener in self.listeners_of(worker) {
-            let Some(l) = self.listeners.get(&listener) else { continue };
-            let (group, generation) = (l.group, l.generation);
-            if self.groups.get(&group).is_some_and(|group| group.wants(generation)) {
-                self.mark_stale(group);
-            }
-        }
-    }
-
     /// Looks at all groups in the kernel; when all have answered, the retirement goes on.
     pub(crate) fn look_at_retirement(&mut self, id: RetirementId) {
         let groups: BTreeSet<GroupId> = self.groups.keys().copied().collect();

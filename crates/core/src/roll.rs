@@ -11,12 +11,16 @@ use alloc::vec::Vec;
 impl Master {
     /// Fills the seats of the next batch, which may be all there are.
     pub(crate) fn launch_batch(&mut self) {
-        let Some(upgrade) = self.upgrade.as_mut() else { return };
+        let Some(upgrade) = self.upgrade.as_ref() else { return };
         let (from, to, first) = (upgrade.from, upgrade.to, upgrade.launched);
+        // Of processes that were found nobody knows which could be given up for which.
+        let can_roll = self.known_origin(from).is_some();
         let Some(plan) = self.generations.get(&to).map(|record| &record.plan) else { return };
-        let batch = plan.batch.filter(|_| from.is_some()).unwrap_or(plan.workers);
+        let batch = plan.batch.filter(|_| can_roll).unwrap_or(plan.workers);
         let (end, timeout) = (first.saturating_add(batch).min(plan.workers), plan.ready_timeout);
-        upgrade.launched = end;
+        if let Some(upgrade) = self.upgrade.as_mut() {
+            upgrade.launched = end;
+        }
         self.notify(crate::command::Notice::Extend(timeout));
         for seat in first..end {
             self.spawn(to, Seat(seat));
@@ -68,10 +72,16 @@ impl Master {
             return all(to);
         }
         // Every worker that serves after this batch gets the same.
-        let left = seats(from).saturating_sub(usize::from(launched));
+        let left = seats(from) - usize::from(self.given_up(from, launched));
         let share = usize::from(launched) * 1000 / (usize::from(launched) + left).max(1);
         let share = u16::try_from(share).unwrap_or(1000);
         (Goal::Batch, [(to, share), (from, 1000 - share)].into())
+    }
+
+    /// So many old seats go with so many new ones. The last one stays until the switch: some addresses may be its alone.
+    fn given_up(&self, from: Generation, launched: u16) -> u16 {
+        let seats = self.generations.get(&from).map_or(0, |record| record.seats.len());
+        launched.min(u16::try_from(seats.saturating_sub(1)).unwrap_or(u16::MAX))
     }
 
     /// The batch serves: as many old workers go.
@@ -80,9 +90,10 @@ impl Master {
         let Some(upgrade) = self.upgrade.as_ref() else { return false };
         let (to, launched) = (upgrade.to, upgrade.launched);
         let Some(from) = from else { return false };
+        let given_up = self.given_up(from, launched);
         let Some(record) = self.generations.get_mut(&from) else { return false };
         let (mut old, mut waiting) = (BTreeSet::<WorkerId>::new(), Vec::new());
-        for (seat, place) in (0..launched).zip(&mut record.seats).filter(|(_, place)| !place.is_given_up) {
+        for (seat, place) in (0..given_up).zip(&mut record.seats).filter(|(_, place)| !place.is_given_up) {
             place.is_given_up = true;
             waiting.append(&mut place.waiting);
             old.extend(place.worker.take());

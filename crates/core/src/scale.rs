@@ -3,6 +3,7 @@
 use crate::command::{Command, Reason, Report};
 use crate::event::Number;
 use crate::generation::SeatRecord;
+use crate::group::Group;
 use crate::id::{Generation, Seat, Ticket, WorkerId};
 use crate::master::Master;
 use crate::timers::Timer;
@@ -73,9 +74,11 @@ impl Master {
         self.scaling = Some(Scaling { to, waiting });
     }
 
-    /// Takes the number as far as it goes: not while an upgrade decides who serves.
+    /// Takes the number as far as it goes: not while an upgrade decides who serves, or before one away from processes that
+    /// were found, of which nobody knows which could go.
     pub(crate) fn advance_scaling(&mut self) {
-        let Some(active) = self.active.filter(|_| self.upgrade.is_none() && self.stopping.is_none()) else {
+        let active = self.known_origin(self.active);
+        let Some(active) = active.filter(|_| self.upgrade.is_none() && self.stopping.is_none()) else {
             return;
         };
         let Some(record) = self.generations.get_mut(&active) else { return };
@@ -83,6 +86,12 @@ impl Master {
         let Some(scaling) = self.scaling.as_mut() else { return };
         let workers = scaling.workers(present);
         scaling.settle(workers);
+        let kept = record.seats.iter().take(usize::from(workers)).filter_map(|place| place.worker);
+        let serves = |worker| self.workers.get(&worker).is_some_and(|w| w.state == WorkerState::Serving);
+        // Whoever serves goes only when somebody else does.
+        if workers < present && !kept.into_iter().any(serves) {
+            return;
+        }
         record.plan.workers = workers;
         if workers != present {
             self.report(Report::Scaled(active, workers));
@@ -99,7 +108,8 @@ impl Master {
         for seat in present..workers {
             self.respawn(active, Seat(seat));
         }
-        if self.are_filled(active, workers, |state| state == WorkerState::Serving) {
+        let is_told = self.groups.values().all(Group::is_told);
+        if is_told && self.are_filled(active, workers, |state| state == WorkerState::Serving) {
             let waiting = self.scaling.take().map(|scaling| scaling.waiting).unwrap_or_default();
             self.answer_all(waiting, None);
         }
@@ -185,8 +195,8 @@ impl Master {
             self.answer_all(waiting, Some(reason));
         }
         if self.active == Some(generation) && self.upgrade.is_none() {
-            let waiting = self.scaling.take().map(|scaling| scaling.waiting).unwrap_or_default();
-            self.answer_all(waiting, Some(reason));
+            let waiting = self.scaling.as_mut().map(|scaling| core::mem::take(&mut scaling.waiting));
+            self.answer_all(waiting.unwrap_or_default(), Some(reason));
         }
     }
 

@@ -103,9 +103,11 @@ impl Master {
 
     /// Sockets of seats nobody sits on any more, and nobody will.
     pub(crate) fn give_up_seats(&mut self, generation: Generation) {
-        let workers = &self.workers;
-        for listener in self.listeners.values_mut().filter(|l| l.of_seat && l.generation == generation) {
-            listener.leaving |= !workers.contains_key(&listener.worker);
+        let of_nobody =
+            |l: &Listener| l.of_seat && l.generation == generation && !self.workers.contains_key(&l.worker);
+        let given_up = self.listeners.iter().filter(|(_, l)| of_nobody(l) && !self.waits_for_next(l));
+        for listener in given_up.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.listeners.get_mut(&listener).into_iter().for_each(|listener| listener.leaving = true);
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::command::{Command, Report};
 use crate::event::GroupView;
 use crate::generation::UpgradeStep;
 use crate::group::{After, Group, InForce, Listener, Settling, Work};
-use crate::id::{Generation, GroupId, ListenerId};
+use crate::id::{Generation, GroupId, ListenerId, WorkerId};
 use crate::master::Master;
 use crate::plan::Engine;
 use crate::timers::Timer;
@@ -51,6 +51,17 @@ impl Master {
     pub(crate) fn mark_stale(&mut self, group: GroupId) {
         if let Some(group) = self.groups.get_mut(&group) {
             group.is_stale = true;
+        }
+    }
+
+    /// Who can be chosen in the worker's groups has changed.
+    pub(crate) fn mark_stale_of(&mut self, worker: WorkerId) {
+        for listener in self.listeners_of(worker) {
+            let Some(l) = self.listeners.get(&listener) else { continue };
+            let (group, generation) = (l.group, l.generation);
+            if self.groups.get(&group).is_some_and(|group| group.wants(generation)) {
+                self.mark_stale(group);
+            }
         }
     }
 
@@ -175,7 +186,7 @@ impl Master {
 
     /// A listener that can leave now: one that was never chosen at any time, others as long as somebody serves.
     fn next_leaving(&self, id: GroupId) -> Option<ListenerId> {
-        let group = self.groups.get(&id)?;
+        let group = self.groups.get(&id).filter(|_| !self.may_be_joined(id))?;
         // Under `ebpf` one that is held, too: processes end before the master knows, and with the last of them and no
         // handle the group would be gone.
         let is_held = |l: &ListenerId| self.listeners.get(l).is_some_and(|l| l.handle);

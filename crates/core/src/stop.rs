@@ -2,7 +2,7 @@
 
 use crate::command::{Command, Notice, Reason, Signal};
 use crate::event::StopMode;
-use crate::generation::GenerationState;
+use crate::generation::{GenerationState, UpgradeStep};
 use crate::id::{ListenerId, Ticket, WorkerId};
 use crate::master::{Master, Stopping};
 use crate::timers::Timer;
@@ -21,9 +21,7 @@ impl Master {
         let is_fast = stopping.mode == StopMode::Fast;
         if !is_second {
             self.notify(Notice::Stopping);
-            self.drop_wish();
-            let waiting = self.scaling.take().map(|scaling| scaling.waiting).unwrap_or_default();
-            self.answer_all(waiting, Some(Reason::Stopped));
+            self.drop_wishes();
             self.fail_upgrade(Reason::Stopped);
             self.timers.disarm(Timer::Breaker);
             self.aim_away(None);
@@ -61,6 +59,10 @@ impl Master {
             record.state = GenerationState::Retiring;
         }
         self.advance_retirements();
+        // There is nobody left to be steered back to.
+        if self.upgrade.as_ref().is_some_and(|upgrade| upgrade.step == UpgradeStep::SteeringBack) {
+            self.enter_step(UpgradeStep::RollingBack);
+        }
         self.advance_upgrade();
         let Some(stopping) = self.stopping.as_mut() else { return };
         let code = stopping.code;

@@ -1,18 +1,22 @@
 //! One short story per sentence an operator would say.
 
+mod roll;
+mod scale;
 #[path = "../shell/mod.rs"]
 mod shell;
 mod takeover;
+mod trial;
 mod upkeep;
 
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, ListenerId, MasterState, Notice, Order, Outcome, Plan,
-    Readiness, Reason, Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, Wait, WorkerId,
+    Readiness, Reason, Receipt, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, WorkerId,
 };
 use shell::{GROUP, Shell};
 use std::time::Duration;
 
 const KILLED: Exit = Exit::Signal(9);
+const SECOND: Duration = Duration::from_secs(1);
 
 fn signal(worker: u32, signal: Signal) -> Command {
     Command::Signal { worker: WorkerId(worker), signal }
@@ -186,30 +190,6 @@ fn a_kernel_that_refuses_to_steer_leaves_the_old_workers_serving() {
     assert_eq!(shell.master.state(), MasterState::Steady);
     assert_eq!(shell.receipt().reason, Some(Reason::SteerFailed(GROUP, 1)));
     assert_eq!(shell.master.status().active, Some(Generation(1)));
-}
-
-#[test]
-fn a_wish_during_an_upgrade_is_remembered_once_and_everybody_is_answered() {
-    let mut shell = Shell::serving(Engine::Ebpf, 1);
-    for ticket in 1..=3 {
-        let by = Some((Ticket(ticket), Wait::Retired));
-        shell.tell(Event::Upgrade { plan: Shell::plan(1), trigger: Trigger::Command, by });
-    }
-    assert!(shell.has_said(&Command::Report(Report::Superseded(Trigger::Command))));
-    for worker in 2..=3 {
-        shell.ready(worker);
-        shell.pass(Duration::from_secs(1));
-        shell.drains(worker - 1);
-    }
-    let answered = |ticket| {
-        shell
-            .said
-            .iter()
-            .filter(|said| matches!(said, Command::Reply { to, .. } if *to == Ticket(ticket)))
-            .count()
-    };
-    assert_eq!([1, 2, 3].map(answered), [1, 1, 1]);
-    assert_eq!(shell.master.status().active, Some(Generation(3)), "not four");
 }
 
 #[test]

@@ -1,18 +1,15 @@
 //! A master in the place of one that was killed: with its memory, which may be older than what is, or with none.
 
 use crate::shell::{GROUP, Shell};
-use crate::{KILLED, serve, signal, spawn, stop};
+use crate::{KILLED, SECOND, serve, signal, spawn, stop};
 use reuseportd_core::{
     Command, Engine, Event, Exit, Found, Generation, GroupId, ListenerId, MasterState, Notice, Outcome, Plan,
     Readiness, Reason, Report, Seat, Signal, StopMode, Ticket, Trigger, Wait, WorkerId,
 };
-use std::time::Duration;
-
-const SECOND: Duration = Duration::from_secs(1);
 
 impl Shell {
     /// The master is killed; another goes on with its memory, but without these handles.
-    fn is_succeeded(&mut self, lost: &[u32]) {
+    pub(crate) fn is_succeeded(&mut self, lost: &[u32]) {
         self.go_on_from_text();
         self.said.clear();
         self.tell(Event::Adopted { lost: lost.iter().copied().map(ListenerId).collect() });

@@ -1,14 +1,13 @@
 //! What the master does for itself: its own program, its keeper, signs of life.
 
 use crate::shell::{GROUP, Shell};
-use crate::{serve, signal, stop};
+use crate::{SECOND, serve, signal, stop};
 use reuseportd_core::{
     Command, Engine, Event, Exit, Generation, Notice, Plan, Reason, Report, Seat, Signal, StopMode, Ticket,
     Trigger, WorkerId,
 };
 use std::time::Duration;
 
-const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
 
 fn told(to: u32, done: bool) -> Command {

@@ -19,6 +19,8 @@ pub(crate) struct Shell {
     pub(crate) said: Vec<Command>,
     /// What waits in every listener when the group is looked at.
     pub(crate) queued: u32,
+    /// Shown instead when the group is looked at.
+    pub(crate) shown: Option<GroupView>,
     /// Open connections of every worker.
     pub(crate) open: u32,
     /// The answer to `Steer` and `Attach`.
@@ -44,6 +46,7 @@ impl Shell {
             now: Time(0).after(BEGIN),
             said: Vec::new(),
             queued: 0,
+            shown: None,
             open: 0,
             steers: Ok(()),
             verdict: Verdict::Passed,
@@ -207,6 +210,9 @@ impl Shell {
     }
 
     fn view(&self) -> GroupView {
+        if let Some(view) = &self.shown {
+            return view.clone();
+        }
         let depth = Depth { queued: self.queued, backlog: 4096, drops: Some(0) };
         let member = |id: &ListenerId| Member { cookie: u64::from(id.0), listener: Some(*id) };
         GroupView {

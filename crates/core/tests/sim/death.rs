@@ -5,7 +5,9 @@ use crate::kernel::Holder;
 use crate::protocol::Protocol;
 use crate::twin::{read, written};
 use crate::world::{Happening, MS, World};
-use reuseportd_core::{Event, Exit, Generation, GroupId, ListenerId, Master, Plan, Verdict, WorkerId};
+use reuseportd_core::{
+    Engine, Event, Exit, Generation, GroupId, ListenerId, Master, Plan, Verdict, WorkerId,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Where processes go that nobody knows any more.
@@ -95,6 +97,7 @@ impl World {
         self.kernel.is_adopted = true;
         let fresh: Vec<WorkerId> = self.workers.keys().copied().collect();
         for id in fresh.into_iter().filter(|id| id.0 < FORGOTTEN && !saved.workers.contains_key(id)) {
+            self.slots_get_lost(id);
             self.forget_process(id);
         }
         self.settle_accounts();
@@ -135,6 +138,18 @@ impl World {
         self.set(id, |worker| worker.told = true);
         let how = if adopted && self.rng.permille(500) { Exit::Unknown } else { how };
         self.tell(Event::Exited { worker: id, how, remains });
+    }
+
+    /// What it listened with goes unseen, and of several that came later the last moves into its slot.
+    fn slots_get_lost(&mut self, id: WorkerId) {
+        for (listener, socket) in self.kernel.sockets.iter().filter(|(_, s)| s.owner == Some(id)) {
+            let slots = self.kernel.groups.get(&socket.group).map(|group| group.slots.as_slice());
+            let slots = slots.unwrap_or_default();
+            let slot = slots.iter().position(|of| of == listener);
+            if slot.is_some_and(|slot| slot + 2 < slots.len()) && self.engine == Engine::Cbpf {
+                self.oracle.unsure.insert(socket.group);
+            }
+        }
     }
 
     /// A process of which the keeper's memory knows nothing is killed, and its number given out again.

@@ -3,7 +3,9 @@
 //! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
 
 use crate::rng::Rng;
-use reuseportd_core::{Depth, Generation, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId};
+use reuseportd_core::{
+    Depth, Generation, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const EINVAL: i32 = 22;

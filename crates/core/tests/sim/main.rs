@@ -9,6 +9,7 @@ mod death;
 mod facts;
 mod kernel;
 mod life;
+mod manners;
 mod oracle;
 mod orphans;
 mod outside;
@@ -21,6 +22,7 @@ mod temper;
 mod trial;
 mod twin;
 mod upkeep;
+mod verdict;
 mod workers;
 mod world;
 
@@ -109,6 +111,10 @@ fn come_to_rest(world: &mut World, replay: &mut Replay) {
     world.trace(format_args!("no faults from here on"));
     // Something that was put off may be left to be done.
     world.tell(Event::Deadline);
+    // What was found is upgraded away from, so that it is known what serves.
+    if world.oracle.protocol.serves_found() {
+        world.upgrade(Trigger::Command);
+    }
     while !world.strangers.is_empty() {
         world.next_stranger();
     }

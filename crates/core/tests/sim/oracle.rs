@@ -1,6 +1,6 @@
 //! The judge. It watches every packet, event and command, and knows the promise but not how it is kept.
 
-use crate::kernel::{Choice, Holder, Kernel, Loss, Program, Socket, Stage};
+use crate::kernel::{Choice, Kernel, Loss, Program, Socket, Stage};
 use crate::protocol::Protocol;
 use crate::workers::Worker;
 use reuseportd_core::{
@@ -13,14 +13,14 @@ type Workers = BTreeMap<WorkerId, Worker>;
 
 /// What is known of one client's connection until somebody accepts it.
 #[derive(Clone, Copy, Debug)]
-struct Client {
+pub(crate) struct Client {
     since: u64,
     /// Who was chosen; it may have been moved since.
     listener: ListenerId,
     /// How long its handshake takes.
     handshake: Duration,
     /// Nothing was promised to it.
-    excused: bool,
+    pub(crate) excused: bool,
 }
 
 /// What a connection given to anybody else than those steered to may expect.
@@ -33,14 +33,14 @@ enum Stray {
 }
 
 pub(crate) struct Oracle {
-    engine: Engine,
+    pub(crate) engine: Engine,
     pub(crate) protocol: Protocol,
-    clients: BTreeMap<u64, Client>,
+    pub(crate) clients: BTreeMap<u64, Client>,
     /// The generation that each part of the new connections of a group goes to, as the last program put in force there
     /// says: one of several, as long as they share all the sockets it names.
     steered: BTreeMap<GroupId, Vec<BTreeSet<Generation>>>,
     /// `cbpf`: slots moved and the master could not know yet; `true` once it has looked since.
-    disturbed: BTreeMap<GroupId, bool>,
+    pub(crate) disturbed: BTreeMap<GroupId, bool>,
     /// `cbpf`: several moved between two looks; the core has said that it can only guess.
     pub(crate) unsure: BTreeSet<GroupId>,
     /// Losses the core has owned up to.
@@ -174,12 +174,20 @@ impl Oracle {
         kernel: &Kernel,
         workers: &Workers,
     ) {
+        let serves = |id: &WorkerId, worker: &Worker| {
+            worker.generation == generation && worker.runs && self.protocol.is_serving(*id)
+        };
+        // With nobody there it stays as it is: somebody has to accept.
+        if self.protocol.is_stopping() || !workers.iter().any(|(id, worker)| serves(id, worker)) {
+            return;
+        }
         for group in &plans[&generation].groups {
             // Slots may have come to mean other listeners, so that no new program was needed.
             self.steered(*group, kernel, workers);
             let parts = self.steered.get(group).map(Vec::as_slice).unwrap_or_default();
             let is_there = self.engine == Engine::None
                 || self.unsure.contains(group)
+                || self.disturbed.contains_key(group)
                 || self.protocol.loose.contains(group)
                 || (!parts.is_empty() && parts.iter().all(|to| to.contains(&generation)));
             let to = self.steered.insert(*group, vec![BTreeSet::from([generation])]);
@@ -225,7 +233,7 @@ impl Oracle {
         if kernel.groups.get(&group).is_some_and(|g| g.program != Program::Hash && !g.is_foreign) {
             self.refusing.remove(&group);
         }
-        if self.unsure.contains(&group) {
+        if self.unsure.contains(&group) || kernel.groups.get(&group).is_some_and(|group| group.is_foreign) {
             return;
         }
         match self.disturbed.get(&group) {
@@ -239,7 +247,10 @@ impl Oracle {
             for listener in &named {
                 let socket = &kernel.sockets[listener];
                 let of = self.generations(socket, workers);
-                assert!(!of.is_empty(), "{group:?} is steered to {listener:?}, which is nobody's: {socket:?}");
+                assert!(
+                    !of.is_empty(),
+                    "{group:?} is steered to {listener:?}, which is nobody's: {socket:?}"
+                );
                 assert!(self.is_ready(socket), "{group:?} is steered to {listener:?}, not ready: {socket:?}");
                 to = Some(to.map_or(of.clone(), |to| &to & &of));
             }
@@ -270,7 +281,7 @@ impl Oracle {
         socket.workers().any(|worker| self.protocol.is_ready(worker))
     }
 
-    fn is_steered_to(&self, group: GroupId, generation: Generation) -> bool {
+    pub(crate) fn is_steered_to(&self, group: GroupId, generation: Generation) -> bool {
         self.steered.get(&group).is_some_and(|parts| parts.iter().any(|to| to.contains(&generation)))
     }
 
@@ -307,7 +318,10 @@ impl Oracle {
         if !excused {
             let socket = &kernel.sockets[&listener];
             let of = self.generations(socket, workers);
-            let is_right = of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket);
+            // By its own hash the kernel chooses those that leave, too.
+            let leaves = hashed && socket.owner.is_some_and(|owner| self.protocol.is_given_up(owner));
+            let is_right =
+                of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket) && !leaves;
             if !is_right {
                 self.tally.strays += 1;
                 let stray = self.stray(group, listener, hashed, now, kernel, workers);
@@ -343,8 +357,15 @@ impl Oracle {
         let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
             // Before a master that found only processes has steered, the kernel chooses among all.
             // So it does when all that served have died without anybody knowing yet.
+            // One of whose listeners the master has no handle can't be steered to.
+            let is_here = |socket: &Socket| socket.group == group && socket.stage == Stage::Listening;
+            let is_reached = |w: &Worker| {
+                let mut sockets = w.sockets.iter().map(|id| &kernel.sockets[id]);
+                sockets.any(|socket| socket.known && is_here(socket))
+            };
             let serves = |id: &WorkerId, w: &Worker| {
-                w.runs && self.is_steered_to(group, w.generation) && self.protocol.was_serving(*id, now)
+                let is_chosen = self.is_steered_to(group, w.generation) && is_reached(w);
+                w.runs && is_chosen && self.protocol.was_serving(*id, now)
             };
             let is_served = workers.iter().any(|(id, worker)| serves(id, worker));
             return if self.refusing.contains(&group) || (hashed && !is_served) {
@@ -429,7 +450,7 @@ impl Oracle {
         };
         if self.engine == Engine::Cbpf
             && last.is_some_and(|id| was_cut(id, &workers[&id]))
-            && (is_removed || !self.has_taker(socket.group, workers))
+            && (is_removed || !self.has_taker(socket.group, kernel, workers))
             && let Some(count) = self.admitted.get_mut(&loss.listener)
             && *count > 0
         {
@@ -445,9 +466,12 @@ impl Oracle {
     }
 
     /// Somebody could have taken leftovers, and nobody would have refused.
-    fn has_taker(&self, group: GroupId, workers: &Workers) -> bool {
+    fn has_taker(&self, group: GroupId, kernel: &Kernel, workers: &Workers) -> bool {
+        // One that binds nothing itself is taken for an unmodified one until it speaks.
+        let is_known = |worker: &Worker| worker.sockets.iter().any(|id| kernel.sockets[id].seat.is_none());
         let serves = |id: &WorkerId, worker: &Worker| {
             worker.temper.handover
+                && is_known(worker)
                 && !worker.orphan
                 && worker.serves
                 && worker.runs
@@ -468,86 +492,6 @@ impl Oracle {
                 self.judge_named(*group, kernel, workers);
                 self.judge_capacity(*group, kernel, workers);
             }
-        }
-    }
-
-    /// Nobody is steered to a worker known to be gone, as long as somebody else serves that could be steered to.
-    fn judge_named(&self, group: GroupId, kernel: &Kernel, workers: &Workers) {
-        if self.disturbed.contains_key(&group) || self.protocol.steer_failed(group) {
-            return;
-        }
-        let named = kernel.named(group);
-        let is_dead = |worker: WorkerId| self.protocol.has_exited(worker) || !self.protocol.is_ready(worker);
-        let dead = |l: &ListenerId| kernel.sockets[l].workers().all(is_dead);
-        let is_its = |worker: WorkerId| {
-            let of = workers[&worker].generation;
-            self.is_steered_to(group, of) && self.protocol.has_served(of) && self.protocol.is_serving(worker)
-        };
-        let serves = kernel.sockets.values().any(|socket| {
-            let listens = socket.known && socket.stage == Stage::Listening;
-            socket.group == group && listens && socket.workers().any(is_its)
-        });
-        let gone: Vec<&ListenerId> = named.iter().filter(|l| dead(l)).collect();
-        assert!(gone.is_empty() || !serves, "{group:?} is steered to listeners of ended workers: {gone:?}");
-    }
-
-    /// While seats change hands, or are given back, as many workers can be chosen as serve before and after; unless some
-    /// have ended unasked.
-    fn judge_capacity(&self, group: GroupId, kernel: &Kernel, workers: &Workers) {
-        let Some(way) = self.protocol.phases.way.as_ref() else { return };
-        let Some(from) = way.from.filter(|_| self.protocol.plans[&way.to].batch.is_some()) else { return };
-        // Of orphans some may be out of reach.
-        if self.protocol.phases.is_found(from) {
-            return;
-        }
-        let plans = [from, way.to].map(|generation| &self.protocol.plans[&generation]);
-        let is_clear = !self.disturbed.contains_key(&group) && !self.protocol.is_unclear(group);
-        if !is_clear || self.refusing.contains(&group) || !plans.iter().all(|p| p.groups.contains(&group)) {
-            return;
-        }
-        let serves = |id: &WorkerId| workers[id].runs && self.protocol.is_serving(*id);
-        let chosen = kernel.named(group);
-        let chosen: BTreeSet<WorkerId> =
-            chosen.iter().filter_map(|id| kernel.sockets[id].workers().filter(serves).last()).collect();
-        let serving = chosen.len();
-        let wanted = usize::from(plans[0].workers.min(plans[1].workers));
-        let missing = self.protocol.vacant_seats(from, way.to);
-        assert!(serving + missing >= wanted, "{serving} of {wanted} are left, {missing} ended: {way:?}");
-    }
-
-    /// A handle that is not needed: at rest there is none.
-    pub(crate) fn spare_handle(&self, kernel: &Kernel, workers: &Workers) -> Option<ListenerId> {
-        let active = self.protocol.active();
-        let mut anchored = BTreeSet::new();
-        for (listener, socket) in &kernel.sockets {
-            if !socket.holders.contains(&Holder::Master) {
-                continue;
-            }
-            // Those of seats are counted elsewhere.
-            if socket.seat.is_some() {
-                continue;
-            }
-            let owner = socket.owner.map(|owner| (&workers[&owner], owner));
-            let serves = owner.is_some_and(|(worker, id)| {
-                worker.runs && Some(worker.generation) == active && self.protocol.is_ready(id)
-            });
-            let is_anchor =
-                self.engine == Engine::Ebpf && owner.is_some_and(|(worker, _)| !worker.temper.handover);
-            if !serves || (is_anchor && !anchored.insert(socket.group)) {
-                return Some(*listener);
-            }
-        }
-        None
-    }
-
-    /// Nobody may be waiting at the end, unless for a hanging orphan whose successors all failed.
-    pub(crate) fn judge_end(&self, kernel: &Kernel, workers: &Workers) {
-        for (connection, listener) in &kernel.waiting {
-            let excused = self.clients.get(connection).is_none_or(|client| client.excused);
-            let socket = &kernel.sockets[listener];
-            let hangs = |id: WorkerId| workers[&id].orphan && workers[&id].mute.is_some();
-            let excused = excused || socket.workers().any(hangs);
-            assert!(excused, "connection {connection} waits for ever in {listener:?}: {socket:?}");
         }
     }
 }

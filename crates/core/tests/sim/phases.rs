@@ -2,8 +2,7 @@
 
 use crate::kernel::{Kernel, Program};
 use reuseportd_core::{
-    Before, Command, Event, Generation, GroupId, Master, Outcome, Phase, Plan, Receipt, Trigger,
-    WorkerId,
+    Before, Command, Event, Generation, GroupId, Master, Outcome, Phase, Plan, Receipt, Trigger, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +18,8 @@ pub(crate) struct Way {
     pub(crate) phase: Phase,
     /// What went wrong has been told.
     pub(crate) is_failing: bool,
+    /// It gets none any more.
+    pub(crate) is_back: bool,
     /// It has all of the new connections.
     pub(crate) is_switched: bool,
     /// Steps of the canary that have begun.
@@ -83,8 +84,20 @@ impl Tally {
             replaced,
         } = self;
         [
-            shares, bakes, batches, steered_back, from_bake, restored, checks, failed_checks, ended_checks,
-            queues, taken_back, rollbacks, scaled, replaced,
+            shares,
+            bakes,
+            batches,
+            steered_back,
+            from_bake,
+            restored,
+            checks,
+            failed_checks,
+            ended_checks,
+            queues,
+            taken_back,
+            rollbacks,
+            scaled,
+            replaced,
         ]
     }
 
@@ -119,6 +132,7 @@ impl Phases {
             begun: now,
             phase: Phase::Launching,
             is_failing: false,
+            is_back: false,
             is_switched: false,
             shares: 0,
             rolled: 0,
@@ -202,13 +216,18 @@ impl Phases {
         let of_canary = steps.into_iter().flatten().filter_map(|step| plan.canary.get(step));
         let mut shares: Vec<u16> = of_canary.map(|step| step.share).collect();
         if let (Some(batch), Some(from)) = (plan.batch, way.from) {
-            let old = u32::from(self.plans[&from].workers);
-            for new in [way.rolled, way.rolled.saturating_add(batch).min(plan.workers)].map(u32::from) {
-                let all = new + old.saturating_sub(new);
-                shares.push(u16::try_from(new * 1000 / all).unwrap_or(1000));
+            for new in [way.rolled, way.rolled.saturating_add(batch).min(plan.workers)] {
+                shares.push(self.rolled_share(from, new));
             }
         }
         shares
+    }
+
+    /// As much for each worker. The last old one stays until the switch.
+    fn rolled_share(&self, from: Generation, new: u16) -> u16 {
+        let (old, new) = (u32::from(self.plans[&from].workers), u32::from(new));
+        let left = old.saturating_sub(new).max(1);
+        u16::try_from(new * 1000 / (new + left)).unwrap_or(1000)
     }
 
     /// A new generation, or batch, waits while too many drain.
@@ -237,7 +256,9 @@ impl Phases {
     }
 
     pub(crate) fn entered(&mut self, generation: Generation, phase: Phase) {
-        let Some(way) = self.way.as_mut() else { panic!("{phase:?} of {generation:?}, which is not launched") };
+        let Some(way) = self.way.as_mut() else {
+            panic!("{phase:?} of {generation:?}, which is not launched")
+        };
         assert_eq!(way.to, generation);
         let before = std::mem::replace(&mut way.phase, phase);
         if way.is_failing {
@@ -257,7 +278,13 @@ impl Phases {
     }
 
     /// The new generation has the part that the plan says, on each address that both have.
-    pub(crate) fn shared(&mut self, to: Generation, share: u16, kernel: &Kernel, skip: impl Fn(GroupId) -> bool) {
+    pub(crate) fn shared(
+        &mut self,
+        to: Generation,
+        share: u16,
+        kernel: &Kernel,
+        skip: impl Fn(GroupId) -> bool,
+    ) {
         self.tally.shares += 1;
         let Some(way) = self.way.as_mut() else { panic!("a share without an upgrade") };
         let step = self.plans[&to].canary.get(way.shares).map(|step| step.share);
@@ -299,9 +326,7 @@ impl Phases {
         way.rolled = launched;
         way.batches.push(old);
         if let Some(from) = way.from {
-            let old = u32::from(self.plans[&from].workers).saturating_sub(u32::from(launched));
-            let share = u32::from(launched) * 1000 / (u32::from(launched) + old);
-            self.judge_in_force(u16::try_from(share).unwrap_or(1000), kernel, skip);
+            self.judge_in_force(self.rolled_share(from, launched), kernel, skip);
         }
     }
 

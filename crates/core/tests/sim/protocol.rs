@@ -7,8 +7,8 @@ use crate::phases::Phases;
 use crate::scaling::Scaling;
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Readiness,
-    Reason, Receipt, Report, Seat, Signal, StopMode, Trigger, Verdict, WorkerId,
+    Command, Engine, Event, Generation, GroupId, ListenerId, Notice, Order, Outcome, Plan, Readiness, Reason,
+    Receipt, Report, Seat, Signal, StopMode, Trigger, Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -17,11 +17,11 @@ type Workers = BTreeMap<WorkerId, Worker>;
 
 /// A seat's respawns.
 #[derive(Clone, Copy, Debug, Default)]
-struct Respawns {
+pub(crate) struct Respawns {
     /// The last announced pause.
-    pause: Option<Duration>,
+    pub(crate) pause: Option<Duration>,
     /// Not before.
-    after: u64,
+    pub(crate) after: u64,
 }
 
 #[derive(Clone)]
@@ -31,26 +31,26 @@ pub(crate) struct Protocol {
     pub(crate) phases: Phases,
     pub(crate) scaling: Scaling,
     pub(crate) lives: BTreeMap<WorkerId, Life>,
-    respawns: BTreeMap<(Generation, Seat), Respawns>,
+    pub(crate) respawns: BTreeMap<(Generation, Seat), Respawns>,
     pub(crate) plans: BTreeMap<Generation, Plan>,
-    active: Option<Generation>,
+    pub(crate) active: Option<Generation>,
     /// All that it was ever steered to, or nearly.
-    served: BTreeSet<Generation>,
+    pub(crate) served: BTreeSet<Generation>,
     /// Launched, and its end not told.
     launching: Option<Generation>,
     failed: BTreeSet<Generation>,
     refused_to_steer: BTreeSet<GroupId>,
     /// Sockets of seats that were removed.
-    abandoned: BTreeSet<ListenerId>,
-    notices: Vec<Notice>,
-    stop: Option<(StopMode, u64)>,
+    pub(crate) abandoned: BTreeSet<ListenerId>,
+    pub(crate) notices: Vec<Notice>,
+    pub(crate) stop: Option<(StopMode, u64)>,
     /// Where a master found processes, but could get no handle: it can't steer there before the next switch.
     pub(crate) loose: BTreeSet<GroupId>,
     pub(crate) exit: Option<u8>,
     pub(crate) outcomes: BTreeMap<&'static str, u32>,
     ended: BTreeSet<u32>,
     /// The first generation failed, rather than having been stopped.
-    first_failed: bool,
+    pub(crate) first_failed: bool,
 }
 
 impl Protocol {
@@ -93,7 +93,7 @@ impl Protocol {
             protocol.lives.insert(*worker, life);
         }
         protocol.phases.orphaned(generation, plan.clone());
-        protocol.scaling.settled(plan.workers);
+        protocol.scaling.settled(Some(plan.workers));
         protocol.plans.insert(generation, plan);
         protocol.served.insert(generation);
         protocol.active = Some(generation);
@@ -190,7 +190,9 @@ impl Protocol {
     pub(crate) fn event(&mut self, event: &Event, now: u64) {
         self.callers.event(event);
         self.phases.event(event);
-        self.scaling.event(event, self.launching.is_some(), self.stop.is_some(), self.active);
+        let waits = self.launching.is_some() || self.serves_found();
+        let serves = self.active.map(|active| (active, self.plans[&active].workers));
+        self.scaling.event(event, waits, self.launching.is_some(), self.stop.is_some(), serves);
         match event {
             Event::Stop { mode, .. } => {
                 let fast = *mode == StopMode::Fast || self.stop.is_some();
@@ -385,7 +387,11 @@ impl Protocol {
         assert!(holds(kernel, listener), "a handle of {listener:?} is dropped that is not there");
         let socket = &kernel.sockets[&listener];
         if let Some(seat) = socket.seat {
-            let is_kept = self.keeps(socket.group, seat) && !self.abandoned.contains(&listener);
+            // The next generation may have had one made that the seat lacks.
+            let of_launched =
+                |user: &WorkerId| self.lives[user].generation > self.active.unwrap_or(Generation(0));
+            let is_its = !socket.users.iter().all(of_launched);
+            let is_kept = is_its && self.keeps(socket.group, seat) && !self.abandoned.contains(&listener);
             assert!(!is_kept, "the socket of {seat:?} was released: {socket:?}");
         }
         if let Some(owner) = socket.owner
@@ -397,31 +403,6 @@ impl Protocol {
             let life = *self.life(owner);
             assert!(self.may_end(&life), "{listener:?} of {owner:?} was shut down, which serves");
         }
-    }
-
-    fn notice(&mut self, notice: Notice) {
-        if matches!(notice, Notice::Extend(_) | Notice::Alive) {
-            return;
-        }
-        let last = self.notices.last().copied();
-        let legal = match notice {
-            Notice::Ready => last != Some(Notice::Stopping),
-            Notice::Reloading => last == Some(Notice::Ready),
-            Notice::Stopping => last != Some(Notice::Stopping),
-            Notice::Extend(_) | Notice::Alive => true,
-        };
-        assert!(legal, "{notice:?} after {:?}", self.notices);
-        self.notices.push(notice);
-    }
-
-    fn exits(&mut self, code: u8) {
-        let left: Vec<_> =
-            self.lives.iter().filter(|(_, l)| l.answered != Some(false) && !l.reaped).collect();
-        assert!(left.is_empty(), "the master ended before {left:?}");
-        // A stop may come while a failed first generation is still being cleared away.
-        let may = code == u8::from(self.first_failed) || (code == 0 && self.stop.is_some());
-        assert!(may, "exit code {code}");
-        self.exit = Some(code);
     }
 
     pub(crate) fn report(
@@ -470,31 +451,6 @@ impl Protocol {
         !self.ended.contains(&receipt.serial)
     }
 
-    pub(crate) fn served(&mut self, generation: Generation) {
-        self.served.insert(generation);
-    }
-
-    /// It serves again.
-    pub(crate) fn back_to(&mut self, standby: Option<Generation>) {
-        self.active = standby.or(self.active);
-    }
-
-    /// What the program in force means there, nobody can say.
-    pub(crate) fn is_unclear(&self, group: GroupId) -> bool {
-        self.steer_failed(group) || self.loose.contains(&group)
-    }
-
-    /// Seats that come anew begin anew.
-    pub(crate) fn forget_respawns(&mut self, generation: Generation, is_it: impl Fn(Seat) -> bool) {
-        self.respawns.retain(|(of, seat), _| *of != generation || !is_it(*seat));
-    }
-
-    /// Sockets of seats from this one on are let go of.
-    pub(crate) fn abandon(&mut self, kernel: &Kernel, first: u16) {
-        let of_seat = kernel.sockets.iter().filter(|(_, s)| s.seat.is_some_and(|seat| seat.0 >= first));
-        self.abandoned.extend(of_seat.map(|(id, _)| *id));
-    }
-
     fn ended(&mut self, receipt: &Receipt) {
         if !self.ended.insert(receipt.serial) {
             return;
@@ -507,6 +463,7 @@ impl Protocol {
         *self.outcomes.entry(name).or_default() += 1;
         let Some(to) = receipt.to else { return };
         let workers = self.active.map_or(0, |active| self.plans[&active].workers);
+        let workers = if self.serves_found() { None } else { Some(workers) };
         self.scaling.settled(workers);
         assert_eq!(self.launching.take(), Some(to), "an end without a beginning");
         match receipt.outcome {
@@ -520,23 +477,6 @@ impl Protocol {
         let first = receipt.trigger == Trigger::Start;
         self.first_failed |= first && receipt.reason.is_some_and(|reason| reason != Reason::Stopped);
         assert_eq!(first, receipt.from.is_none(), "from nowhere: {receipt:?}");
-    }
-
-    /// At once the first time, then at least the configured pause, which doubles and only a stable run ends.
-    fn respawning(&mut self, generation: Generation, seat: Seat, pause: Duration, now: u64) {
-        let plan = &self.plans[&generation];
-        let last = self.lives.values().rfind(|life| life.generation == generation && life.seat == seat);
-        let ran = last.map_or(Duration::ZERO, |life| Duration::from_nanos(now - life.spawned));
-        let respawns = self.respawns.entry((generation, seat)).or_default();
-        let before = if ran >= plan.stable_after { None } else { respawns.pause };
-        let least = match before {
-            None => Duration::ZERO,
-            Some(Duration::ZERO) => plan.backoff,
-            Some(before) => (before * 2).min(plan.backoff_max),
-        };
-        assert!(pause >= least, "{seat:?} of {generation:?} pauses {pause:?}, not {least:?}");
-        *respawns =
-            Respawns { pause: Some(pause), after: now + u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX) };
     }
 }
 

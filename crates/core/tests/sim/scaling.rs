@@ -6,13 +6,36 @@ use crate::protocol::Protocol;
 use reuseportd_core::{Event, Generation, Number, Phase, Plan, Reason, Report, Seat, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// A number that was wished while an upgrade ran.
+#[derive(Clone, Copy, Default)]
+struct Later {
+    exactly: Option<u16>,
+    more: i32,
+}
+
+impl Later {
+    fn wish(&mut self, number: Number) {
+        match number {
+            Number::Exactly(wanted) => *self = Later { exactly: Some(wanted), more: 0 },
+            Number::More => self.more += 1,
+            Number::Fewer => self.more -= 1,
+        }
+    }
+
+    /// Where this many would be otherwise.
+    fn from(self, present: u16) -> u16 {
+        let wanted = i32::from(self.exactly.unwrap_or(present)) + self.more;
+        u16::try_from(wanted.clamp(1, 1024)).unwrap_or(1)
+    }
+}
+
 /// Wishes for a number of workers.
 #[derive(Clone, Default)]
 pub(crate) struct Scaling {
     /// So many there shall be in the generation that serves.
     wanted: u16,
     /// What was wished while an upgrade ran.
-    later: Vec<Number>,
+    later: Later,
     /// Another worker was asked for.
     replacing: BTreeSet<(Generation, Seat)>,
     /// The one that is to take the seat.
@@ -31,18 +54,19 @@ impl Scaling {
     pub(crate) fn event(
         &mut self,
         event: &Event,
+        waits: bool,
         upgrades: bool,
         stops: bool,
-        active: Option<Generation>,
+        active: Option<(Generation, u16)>,
     ) {
         match (event, active) {
             (Event::Scale { .. } | Event::Replace { .. }, _) if stops => {}
-            (Event::Scale { to, .. }, _) if upgrades => self.later.push(*to),
+            (Event::Scale { to, .. }, _) if waits => self.later.wish(*to),
             (Event::Scale { to, .. }, Some(_)) => self.wanted = apply(*to, self.wanted),
-            (Event::Replace { seat, .. }, Some(active)) if !upgrades && seat.0 < self.wanted => {
-                if !self.next.contains_key(&(active, *seat)) {
-                    self.replacing.insert((active, *seat));
-                }
+            (Event::Replace { seat, .. }, Some((active, seats)))
+                if !upgrades && seat.0 < seats && !self.next.contains_key(&(active, *seat)) =>
+            {
+                self.replacing.insert((active, *seat));
             }
             (Event::Exited { worker, .. } | Event::SpawnFailed { worker, .. }, _) => {
                 self.next.retain(|_, next| next != worker);
@@ -57,15 +81,16 @@ impl Scaling {
         if present.is_none_or(|present| present.config != plan.config) {
             return plan.workers;
         }
-        self.wanted = later.into_iter().fold(self.wanted, |wanted, number| apply(number, wanted));
-        self.later = vec![Number::Exactly(self.wanted)];
+        self.wanted = later.from(self.wanted);
+        self.later.exactly = Some(self.wanted);
         self.wanted
     }
 
-    /// An upgrade has ended, and this many seats serve.
-    pub(crate) fn settled(&mut self, workers: u16) {
-        let later = std::mem::take(&mut self.later);
-        self.wanted = later.into_iter().fold(workers, |wanted, number| apply(number, wanted));
+    /// An upgrade has ended, and this many seats serve, if that can be changed.
+    pub(crate) fn settled(&mut self, workers: Option<u16>) {
+        if let Some(workers) = workers {
+            self.wanted = std::mem::take(&mut self.later).from(workers);
+        }
         self.replacing.clear();
     }
 
@@ -97,15 +122,29 @@ impl Protocol {
         u16::try_from(self.lives.values().filter(serves).count()).unwrap_or(u16::MAX)
     }
 
+    /// It goes, though its generation stays.
+    pub(crate) fn is_given_up(&self, worker: WorkerId) -> bool {
+        self.lives.get(&worker).is_some_and(|life| life.given_up)
+    }
+
     /// Seats of an upgrade by batches that should have somebody who serves, and have not.
-    pub(crate) fn vacant_seats(&self, from: Generation, to: Generation) -> usize {
+    pub(crate) fn vacant_seats(
+        &self,
+        from: Generation,
+        to: Generation,
+        works: impl Fn(&WorkerId) -> bool,
+    ) -> usize {
         let rolled = self.phases.way.as_ref().map_or(0, |way| way.rolled);
         let is_filled = |generation, seat: u16| {
-            let sits = |life: &Life| life.generation == generation && life.seat == Seat(seat) && !life.given_up;
-            self.lives.iter().any(|(id, life)| sits(life) && self.is_serving(*id) && !life.replaced)
+            let sits =
+                |life: &Life| life.generation == generation && life.seat == Seat(seat) && !life.given_up;
+            self.lives
+                .iter()
+                .any(|(id, life)| sits(life) && self.is_serving(*id) && works(id) && !life.replaced)
         };
         let new = (0..rolled).filter(|seat| !is_filled(to, *seat)).count();
-        new + (rolled..self.plans[&from].workers).filter(|seat| !is_filled(from, *seat)).count()
+        let old = self.plans[&from].workers;
+        new + (rolled.min(old - 1)..old).filter(|seat| !is_filled(from, *seat)).count()
     }
 
     fn give_up(&mut self, generation: Generation, is_it: impl Fn(Seat) -> bool) -> Vec<WorkerId> {
@@ -136,10 +175,14 @@ impl Protocol {
             Report::Rolled(_, launched, _) => {
                 let unclear: BTreeSet<_> = kernel.groups.keys().copied().filter(|g| skip(*g)).collect();
                 let from = self.phases.way.as_ref().and_then(|way| way.from);
-                let old = from.map(|from| self.give_up(from, |seat| seat.0 < *launched)).unwrap_or_default();
+                let gone = from.map_or(0, |from| launched.min(&(self.plans[&from].workers - 1)).to_owned());
+                let old = from.map(|from| self.give_up(from, |seat| seat.0 < gone)).unwrap_or_default();
                 self.phases.rolled(*launched, old, kernel, |group| unclear.contains(&group));
             }
-            Report::SteeredBack(..) => self.phases.tally.steered_back += 1,
+            Report::SteeredBack(..) => {
+                self.phases.tally.steered_back += 1;
+                self.phases.way.iter_mut().for_each(|way| way.is_back = true);
+            }
             Report::Scaled(generation, workers) => {
                 self.phases.scaled(*generation, *workers);
                 if let Some(plan) = self.plans.get_mut(generation) {

@@ -31,7 +31,7 @@ impl Trials {
         let mut share = 0;
         while rng.permille(400) && share < 900 {
             share += rng.between(1, 400);
-            let hold = Duration::from_millis(rng.below(1500));
+            let hold = Duration::from_millis(rng.below(2500));
             canary.push(CanaryStep { share: u16::try_from(share.min(1000)).unwrap_or(1), hold });
         }
         let bake = Duration::from_millis(if rng.permille(400) { rng.below(2000) } else { 0 });
@@ -113,7 +113,8 @@ impl World {
             }
             Report::Failing(generation, Reason::QueueGrows(group)) => {
                 let socks = self.kernel.sockets.values().filter(|socket| socket.group == *group);
-                let of_new = socks.filter(|s| s.owner.is_some_and(|w| self.workers[&w].generation == *generation));
+                let of_new =
+                    socks.filter(|s| s.owner.is_some_and(|w| self.workers[&w].generation == *generation));
                 let longest = of_new.map(|socket| socket.queue.len()).max();
                 assert!(longest.is_some_and(|queue| queue >= 8), "the canary's queue is {longest:?}");
             }

@@ -293,20 +293,26 @@ impl World {
         if self.faults && self.rng.permille(permille) { Err(12) } else { Ok(()) }
     }
 
+    fn try_to_start(&mut self, worker: WorkerId, generation: Generation, seat: reuseportd_core::Seat) {
+        let bad = if self.faults { self.bad } else { 0 };
+        let handover = self.rng.permille(self.handover);
+        let mut temper = Temper::draw(&mut self.rng, handover, bad, self.accept);
+        // Some look well, and let their queues grow when they get connections.
+        if self.faults && !self.plans[&generation].canary.is_empty() && self.rng.permille(100) {
+            temper.sleeps = Some(2500 * MS);
+        }
+        match self.fault(bad / 20) {
+            Ok(()) => {
+                self.start_worker(worker, generation, seat, temper);
+                self.answer(Event::Spawned { worker });
+            }
+            Err(errno) => self.answer(Event::SpawnFailed { worker, errno }),
+        }
+    }
+
     fn perform(&mut self, command: Command) {
         match command {
-            Command::Spawn { worker, generation, seat } => {
-                let bad = if self.faults { self.bad } else { 0 };
-                let handover = self.rng.permille(self.handover);
-                let temper = Temper::draw(&mut self.rng, handover, bad, self.accept);
-                match self.fault(bad / 20) {
-                    Ok(()) => {
-                        self.start_worker(worker, generation, seat, temper);
-                        self.answer(Event::Spawned { worker });
-                    }
-                    Err(errno) => self.answer(Event::SpawnFailed { worker, errno }),
-                }
-            }
+            Command::Spawn { worker, generation, seat } => self.try_to_start(worker, generation, seat),
             Command::Signal { worker, signal } => match signal {
                 Signal::Stop => self.told_to_stop(worker),
                 Signal::TerminateGroup => self.terminate_group(worker),

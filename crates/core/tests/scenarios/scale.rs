@@ -1,0 +1,181 @@
+//! More workers, fewer, or another one.
+
+use crate::shell::Shell;
+use crate::{KILLED, SECOND, signal, spawn, stop};
+use reuseportd_core::{
+    Command, Engine, Event, Exit, Generation, Number, Outcome, Plan, Reason, Report, Seat, Signal, Ticket,
+    Trigger, WorkerId,
+};
+
+impl Shell {
+    fn scale(&mut self, to: Number) {
+        self.tell(Event::Scale { to, by: Some(Ticket(1)) });
+    }
+
+    fn replace(&mut self, seat: u16) {
+        self.tell(Event::Replace { seat: Seat(seat), by: Some(Ticket(1)) });
+    }
+
+    fn is_done(&self, failure: Option<Reason>) -> bool {
+        self.has_said(&Command::ReplyDone { to: Ticket(1), failure })
+    }
+
+    fn seats(&self) -> u16 {
+        self.master.status().active.map_or(0, |active| self.master.seats(active))
+    }
+}
+
+#[test]
+fn workers_are_added_and_whoever_waits_is_told_when_they_serve() {
+    for engine in [Engine::Ebpf, Engine::Cbpf, Engine::None] {
+        let mut shell = Shell::serving(engine, 1);
+        shell.scale(Number::Exactly(3));
+        assert!(shell.has_said(&spawn(2, 1, 1)) && shell.has_said(&spawn(3, 1, 2)), "{engine:?}");
+        shell.ready(2);
+        assert!(!shell.is_done(None));
+        shell.ready(3);
+        assert!(shell.is_done(None), "{engine:?}");
+        assert_eq!(shell.master.status().scaled, Some((3, 1)));
+    }
+}
+
+#[test]
+fn the_highest_seats_are_removed_without_loss() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving(engine, 4);
+        shell.scale(Number::Exactly(2));
+        shell.pass(SECOND);
+        assert!(shell.has_said(&stop(3)) && shell.has_said(&stop(4)), "{engine:?}");
+        assert!(!shell.has_said(&stop(1)) && !shell.has_said(&stop(2)));
+        assert!(!shell.is_done(None), "their listeners are still there");
+        shell.drains(3);
+        shell.drains(4);
+        shell.pass(SECOND);
+        assert!(shell.is_done(None), "{engine:?}");
+        shell.exits(3, Exit::Code(0));
+        assert_eq!(shell.seats(), 2);
+        assert!(!shell.said.iter().any(|said| matches!(said, Command::Spawn { .. })));
+    }
+}
+
+#[test]
+fn nobody_who_serves_goes_before_somebody_else_does() {
+    let mut shell = Shell::serving(Engine::Ebpf, 2);
+    shell.exits(1, KILLED);
+    shell.scale(Number::Exactly(1));
+    shell.pass(SECOND);
+    assert!(!shell.has_said(&stop(2)));
+    shell.ready(3);
+    shell.pass(SECOND);
+    assert!(shell.has_said(&stop(2)));
+}
+
+#[test]
+fn while_an_upgrade_runs_the_number_waits_and_holds_for_what_serves_then() {
+    let mut shell = Shell::serving(Engine::Ebpf, 2);
+    shell.upgrade(4, Trigger::Command);
+    shell.scale(Number::More);
+    assert_eq!(shell.seats(), 2);
+    shell.all_ready(3..=6);
+    shell.pass(SECOND);
+    shell.drains(1);
+    shell.drains(2);
+    shell.pass(SECOND);
+    assert!(shell.has_said(&Command::Report(Report::Scaled(Generation(2), 5))), "one more than those four");
+    shell.ready(7);
+    assert!(shell.is_done(None));
+}
+
+#[test]
+fn a_number_outlasts_an_upgrade_with_the_same_config_and_no_other() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.scale(Number::Exactly(2));
+    shell.ready(2);
+    shell.upgrade(1, Trigger::Command);
+    assert!(shell.has_said(&spawn(3, 2, 0)) && shell.has_said(&spawn(4, 2, 1)));
+    shell.ready(3);
+    shell.ready(4);
+    shell.pass(SECOND);
+    shell.drains(1);
+    shell.drains(2);
+    assert_eq!(shell.master.status().scaled, Some((2, 1)));
+    shell.pass(SECOND);
+    shell.launch(Plan { config: 99, ..Shell::plan(1) }, Trigger::Command);
+    shell.ready(5);
+    shell.pass(SECOND);
+    assert_eq!((shell.seats(), shell.master.status().scaled), (1, None));
+}
+
+#[test]
+fn a_later_number_takes_the_place_of_one_that_is_not_there_yet() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.scale(Number::Exactly(3));
+    shell.tell(Event::Scale { to: Number::Exactly(2), by: Some(Ticket(2)) });
+    assert!(shell.is_done(Some(Reason::Overtaken)));
+    shell.ready(2);
+    shell.exits(3, Exit::Signal(15));
+    assert!(shell.has_said(&Command::ReplyDone { to: Ticket(2), failure: None }));
+}
+
+#[test]
+fn whoever_waits_for_a_number_is_told_when_the_first_generation_fails() {
+    let mut shell = Shell::new(Engine::Ebpf);
+    shell.upgrade(1, Trigger::Start);
+    shell.scale(Number::More);
+    shell.exits(1, Exit::Code(1));
+    assert!(shell.is_done(Some(Reason::Stopped)) && shell.has_said(&Command::Exit { code: 1 }));
+}
+
+#[test]
+fn a_seat_gets_another_worker_and_only_then_the_old_one_goes() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving(engine, 2);
+        shell.replace(0);
+        assert!(shell.has_said(&spawn(3, 1, 0)), "{engine:?}");
+        shell.pass(SECOND);
+        assert!(!shell.has_said(&stop(1)));
+        shell.ready(3);
+        assert!(shell.has_said(&Command::Report(Report::SeatReplaced(Generation(1), Seat(0)))));
+        shell.pass(SECOND);
+        assert!(shell.has_said(&stop(1)) && !shell.is_done(None), "{engine:?}");
+        shell.drains(1);
+        shell.pass(SECOND);
+        assert!(shell.is_done(None) && !shell.has_said(&stop(2)), "{engine:?}");
+    }
+}
+
+#[test]
+fn a_worker_that_can_not_take_the_seat_leaves_the_old_one_there() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.replace(0);
+    shell.exits(2, Exit::Code(1));
+    assert!(shell.is_done(Some(Reason::Exited(Seat(0), WorkerId(2), Exit::Code(1)))));
+    shell.pass(SECOND * 10);
+    assert!(!shell.has_said(&stop(1)) && !shell.has_said(&signal(1, Signal::Stop)));
+    assert!(!shell.has_said(&spawn(3, 1, 0)));
+}
+
+#[test]
+fn a_seats_socket_that_waits_for_its_worker_stays_when_another_seat_changes_hands() {
+    let mut shell = Shell::serving_seats(Engine::Ebpf, 2);
+    shell.exits(2, KILLED);
+    shell.exits(3, KILLED);
+    shell.replace(0);
+    shell.seated(4);
+    shell.pass(std::time::Duration::from_millis(50));
+    shell.assert_sockets_stay();
+}
+
+#[test]
+fn no_seat_changes_hands_during_an_upgrade_nor_one_that_is_not_there() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.replace(1);
+    assert!(shell.is_done(Some(Reason::NoSuchSeat(Seat(1), 1))));
+    shell.upgrade(1, Trigger::Command);
+    shell.replace(0);
+    assert!(shell.is_done(Some(Reason::Busy)));
+    shell.ready(2);
+    shell.pass(SECOND);
+    shell.drains(1);
+    assert_eq!(shell.receipt().outcome, Outcome::Completed);
+}
