@@ -225,7 +225,7 @@ impl Master {
     }
 
     fn finish_upgrade(&mut self, outcome: Outcome) -> bool {
-        self.note_counters(false);
+        self.note_counters();
         let Some(mut upgrade) = self.upgrade.take() else { return false };
         let receipt = &mut upgrade.receipt;
         receipt.add_phase(Self::phase(&upgrade.step), self.now.since(upgrade.phase_since));

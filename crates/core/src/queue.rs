@@ -76,7 +76,10 @@ impl Master {
 
     /// A later wish than any that waits: for nothing new.
     pub(crate) fn on_take_back(&mut self, by: Option<Ticket>) {
-        let by = by.map(|ticket| Caller { ticket, wait: Wait::Retired, asked: Asked::Back });
+        let trigger = self.upgrade.as_ref().map(|upgrade| upgrade.receipt.trigger);
+        // Two that want the former generation back want the same.
+        let asked = if trigger == Some(Trigger::Rollback) { Asked::This } else { Asked::Back };
+        let by = by.map(|ticket| Caller { ticket, wait: Wait::Retired, asked });
         if self.before() != Before::Present {
             let refused = by.into_iter().map(|caller| caller.ticket).collect();
             return self.answer_all(refused, Some(Reason::TooLate));
@@ -86,7 +89,9 @@ impl Master {
         if let Some(upgrade) = self.upgrade.as_mut() {
             upgrade.waiting.extend(earlier.into_iter().chain(by));
         }
-        self.fail_upgrade(Reason::TakenBack);
+        if asked == Asked::Back {
+            self.fail_upgrade(Reason::TakenBack);
+        }
     }
 
     fn blank_receipt(&mut self, trigger: Trigger, plan: &Plan, to: Option<Generation>) -> Receipt {
@@ -147,7 +152,8 @@ impl Master {
         self.generation_last += 1;
         let to = Generation(self.generation_last);
         let receipt = self.blank_receipt(trigger, &plan, Some(to));
-        self.open_groups(&plan.groups);
+        let groups = plan.groups.clone();
+        self.open_groups(&groups);
         self.generations.insert(to, GenerationRecord::new(plan));
         self.upgrade_begun = self.now;
         self.upgrade = Some(Upgrade {
@@ -163,7 +169,10 @@ impl Master {
             trial: None,
             steering_back: None,
         });
-        self.note_counters(true);
+        // From where the kernel's counters count.
+        for group in groups {
+            self.observe(group);
+        }
         self.report(Report::Launching(to, trigger));
         // A reload that is a command of the service manager's own is over when that command is, and its end needs no telling.
         if trigger == Trigger::Signal && self.active.is_some() {

@@ -1,7 +1,7 @@
 //! What an upgrade leaves behind: the proof of how it went. Unknown is `None`, never 0.
 
 use crate::command::{Reason, Report};
-use crate::event::Trigger;
+use crate::event::{GroupView, Trigger};
 use crate::id::{Generation, GroupId, ListenerId, RetirementId, Time};
 use crate::master::Master;
 use alloc::vec::Vec;
@@ -185,20 +185,24 @@ impl Master {
         }
     }
 
-    /// Counters at the beginning (negated, so to speak) and at the end of an upgrade.
-    pub(crate) fn note_counters(&mut self, is_start: bool) {
+    /// The first look at a group in an upgrade: from there its counters count.
+    pub(crate) fn note_first_look(&mut self, id: GroupId, view: &GroupView) {
+        let listeners = self.upgrade.iter_mut().flat_map(|upgrade| &mut upgrade.receipt.listeners);
+        for listener in listeners.filter(|l| l.group == id && l.migrate_failures.is_none()) {
+            listener.migrated = view.migrated;
+            listener.migrate_failures = view.migrate_failures;
+        }
+    }
+
+    /// What the counters have become since.
+    pub(crate) fn note_counters(&mut self) {
         let Some(upgrade) = self.upgrade.as_mut() else { return };
+        let since = |end: Option<u64>, start: Option<u64>| Some(end?.saturating_sub(start?));
         for listener in &mut upgrade.receipt.listeners {
             let Some(group) = self.groups.get(&listener.group) else { continue };
-            if is_start {
-                listener.migrated = group.migrated;
-                listener.migrate_failures = group.migrate_failures;
-            } else {
-                let since = |end: Option<u64>, start: Option<u64>| Some(end?.saturating_sub(start?));
-                // The program's own counter began with the group at 0; the namespace's is older than the master.
-                listener.migrated = since(group.migrated, listener.migrated.or(Some(0)));
-                listener.migrate_failures = since(group.migrate_failures, listener.migrate_failures);
-            }
+            // The program's own counter began with the group at 0; the namespace's is older than the master.
+            listener.migrated = since(group.migrated, listener.migrated.or(Some(0)));
+            listener.migrate_failures = since(group.migrate_failures, listener.migrate_failures);
         }
     }
 

@@ -269,6 +269,7 @@ impl Master {
     }
 
     pub(crate) fn on_observed(&mut self, id: GroupId, view: &GroupView) {
+        self.note_first_look(id, view);
         let Some(group) = self.groups.get_mut(&id) else { return };
         group.half_open.clone_from(&view.half_open);
         group.migrated = view.migrated.or(group.migrated);

@@ -1,7 +1,7 @@
 //! The part of the judge that watches clients that wait: each gets one answer, and the right one.
 
 use reuseportd_core::{
-    Asked, Command, Event, Generation, Number, Outcome, Reason, Receipt, Report, Ticket, Wait,
+    Asked, Command, Event, Generation, Number, Outcome, Reason, Receipt, Report, Ticket, Trigger, Wait,
 };
 use std::collections::BTreeMap;
 
@@ -21,6 +21,7 @@ enum Kind {
 #[derive(Clone, Copy, Debug)]
 struct Ended {
     wish: u64,
+    trigger: Trigger,
     outcome: Outcome,
     is_final: bool,
 }
@@ -112,7 +113,11 @@ impl Callers {
             (Kind::Upgrade(wish, _), Asked::Earlier) => {
                 ended.wish > wish || (ended.wish < wish && self.taken_back.is_some_and(|back| back >= wish))
             }
-            (Kind::Back, Asked::Back) => ended.outcome == Outcome::RolledBack,
+            (Kind::Back, Asked::Back) => {
+                ended.outcome == Outcome::RolledBack && ended.trigger != Trigger::Rollback
+            }
+            // Another one had asked for the same.
+            (Kind::Back, Asked::This) => ended.trigger == Trigger::Rollback,
             _ => false,
         };
         assert!(is_right, "{to:?}, who asked for {kind:?}, gets {ended:?} as {asked:?}");
@@ -140,7 +145,8 @@ impl Callers {
         let Some(wish) = wish else { panic!("the end of what never began: {receipt:?}") };
         let before = self.ended.get(&receipt.serial);
         assert!(before.is_none_or(|before| before.wish == wish && !before.is_final), "{receipt:?}");
-        let ended = Ended { wish, outcome: receipt.outcome, is_final: receipt.is_final };
+        let ended =
+            Ended { wish, trigger: receipt.trigger, outcome: receipt.outcome, is_final: receipt.is_final };
         self.ended.insert(receipt.serial, ended);
     }
 }

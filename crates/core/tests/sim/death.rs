@@ -1,7 +1,7 @@
 //! The master is killed, at any step. For a while nobody handles anything; then the next one takes its place, with what
 //! the keeper has: a memory that may be somewhat older than what is, and handles.
 
-use crate::kernel::Holder;
+use crate::kernel::{Holder, Stage};
 use crate::protocol::Protocol;
 use crate::twin::{read, written};
 use crate::world::{Happening, MS, World};
@@ -85,6 +85,7 @@ impl World {
         for listener in unsaved {
             self.kernel.lose(listener, Holder::Master, &mut self.rng);
         }
+        self.listened = self.kernel.groups.values().flat_map(|group| group.slots.iter().copied()).collect();
         self.stalled = self.now + self.rng.below(2000 * MS);
         self.at(self.stalled, Happening::Restart);
     }
@@ -97,9 +98,9 @@ impl World {
         self.kernel.is_adopted = true;
         let fresh: Vec<WorkerId> = self.workers.keys().copied().collect();
         for id in fresh.into_iter().filter(|id| id.0 < FORGOTTEN && !saved.workers.contains_key(id)) {
-            self.slots_get_lost(id);
             self.forget_process(id);
         }
+        self.slots_get_lost(&saved.known);
         self.settle_accounts();
         for (id, (told, reaped)) in &saved.workers {
             let (told, reaped) = (*told, *reaped);
@@ -140,13 +141,11 @@ impl World {
         self.tell(Event::Exited { worker: id, how, remains });
     }
 
-    /// What it listened with goes unseen, and of several that came later the last moves into its slot.
-    fn slots_get_lost(&mut self, id: WorkerId) {
-        for (listener, socket) in self.kernel.sockets.iter().filter(|(_, s)| s.owner == Some(id)) {
-            let slots = self.kernel.groups.get(&socket.group).map(|group| group.slots.as_slice());
-            let slots = slots.unwrap_or_default();
-            let slot = slots.iter().position(|of| of == listener);
-            if slot.is_some_and(|slot| slot + 2 < slots.len()) && self.engine == Engine::Cbpf {
+    /// What listened when the master died, and left before the next one could know of it, moved slots unseen.
+    fn slots_get_lost(&mut self, known: &BTreeSet<ListenerId>) {
+        for listener in std::mem::take(&mut self.listened) {
+            let socket = &self.kernel.sockets[&listener];
+            if self.engine == Engine::Cbpf && socket.stage == Stage::Gone && !known.contains(&listener) {
                 self.oracle.unsure.insert(socket.group);
             }
         }

@@ -19,7 +19,8 @@ impl Oracle {
         let dead = |l: &ListenerId| kernel.sockets[l].workers().all(is_dead);
         let is_its = |worker: WorkerId| {
             let of = workers[&worker].generation;
-            self.is_steered_to(group, of) && self.protocol.has_served(of) && self.protocol.is_serving(worker)
+            let may_be = self.protocol.has_served(of) && !self.protocol.is_given_up(worker);
+            self.is_steered_to(group, of) && may_be && self.protocol.is_serving(worker)
         };
         let serves = kernel.sockets.values().any(|socket| {
             let listens = socket.known && socket.stage == Stage::Listening;

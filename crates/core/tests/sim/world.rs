@@ -74,6 +74,8 @@ pub(crate) struct World {
     pub(crate) verbose: bool,
     /// The master is killed so many times in ten thousand steps.
     pub(crate) mortality: u64,
+    /// Listeners when the master was killed.
+    pub(crate) listened: Vec<ListenerId>,
     /// Nobody is there to handle anything.
     pub(crate) dead: bool,
     /// What the keeper has.
@@ -119,6 +121,7 @@ impl World {
             tickets: 0,
             verbose,
             mortality: 0,
+            listened: Vec::new(),
             dead: false,
             saved: None,
             journal: Vec::new(),
@@ -298,7 +301,7 @@ impl World {
         let handover = self.rng.permille(self.handover);
         let mut temper = Temper::draw(&mut self.rng, handover, bad, self.accept);
         // Some look well, and let their queues grow when they get connections.
-        if self.faults && !self.plans[&generation].canary.is_empty() && self.rng.permille(100) {
+        if self.faults && !self.plans[&generation].canary.is_empty() && self.rng.permille(90) {
             temper.sleeps = Some(2500 * MS);
         }
         match self.fault(bad / 20) {
