@@ -12,6 +12,7 @@ use rustix::thread::CapabilitySet;
 use socket2::{Domain, Socket, Type};
 
 use crate::config::{self, Config};
+use crate::force;
 
 /// What was found: errors stop a start, warnings cost something.
 #[derive(Debug, Default)]
@@ -33,6 +34,11 @@ pub(crate) fn run(path: &Path) -> ExitCode {
     let mut findings = Findings::default();
     let programs = check_programs(&config, &mut findings);
     check_listen(&config, &mut findings);
+    if config.listen.iter().any(|listen| listen.force_reuseport)
+        && let Err(error) = force::try_here()
+    {
+        findings.errors.push(format!("listen.force_reuseport: {error}"));
+    }
     check_limits(&config, &mut findings);
     check_control(&config.control.socket, &mut findings);
     for warning in &findings.warnings {

@@ -6,6 +6,7 @@ mod cli;
 mod client;
 mod config;
 mod doctor;
+mod force;
 mod keeper;
 mod master;
 mod sockets;

@@ -14,6 +14,7 @@ mod container;
 mod crash;
 mod doctor;
 mod failed_upgrade;
+mod force_reuseport;
 mod half_open;
 mod http_readiness;
 mod identity;

@@ -165,6 +165,7 @@ mod tests {
             bind: Bind::Worker,
             v6only: false,
             backlog: 1,
+            force_reuseport: false,
         }]
     }
 

@@ -8,7 +8,7 @@ use super::problems::{FILE_START, Problems};
 use super::schema;
 use super::unsupported::NOT_YET;
 use super::values::{Refused, parse_name, refused};
-use super::{Bind, Listen};
+use super::{Bind, EngineChoice, Listen};
 
 /// Each costs every worker a descriptor and a socket; more is a slip.
 const LISTEN_MAX: usize = 256;
@@ -86,7 +86,13 @@ fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Proble
         let place = raw.v6only.as_ref().map(Spanned::span);
         problems.add(format!("{key}.v6only"), place, "is for IPv6 addresses", "leave it out");
     }
-    Some(Listen { name: name?, address, bind, v6only, backlog })
+    let force_reuseport = raw.force_reuseport.as_ref().is_some_and(|force| *force.get_ref());
+    if force_reuseport && bind == Bind::Master {
+        let place = raw.force_reuseport.as_ref().map(Spanned::span);
+        let message = "is for sockets that workers bind, and with bind = \"master\" they don't";
+        problems.add(format!("{key}.force_reuseport"), place, message, "leave one of them out");
+    }
+    Some(Listen { name: name?, address, bind, v6only, backlog, force_reuseport })
 }
 
 /// Reads `"0.0.0.0:8080"` or `"[::]:8080"`.
@@ -125,6 +131,18 @@ fn near_address(text: &str) -> Option<SocketAddr> {
         host => host,
     };
     Some(SocketAddr::new(host.parse().ok()?, port))
+}
+
+/// Sockets that share an address without being steered lose connections.
+pub(super) fn check_engine(raw: &[Spanned<schema::Listen>], engine: EngineChoice, problems: &mut Problems) {
+    for (index, listen) in raw.iter().enumerate() {
+        let asked = listen.get_ref().force_reuseport.as_ref().filter(|force| *force.get_ref());
+        if let Some(asked) = asked.filter(|_| engine == EngineChoice::None) {
+            let help = "leave it out, or set steering.engine to \"auto\"";
+            let key = format!("listen[{index}].force_reuseport");
+            problems.add(key, Some(asked.span()), "needs an engine that steers", help);
+        }
+    }
 }
 
 impl Listen {

@@ -114,6 +114,9 @@ pub(crate) struct Listen {
     pub(crate) v6only: bool,
     /// The limit of the accept queue as the worker asks for it in `listen()`; 1 to `i32::MAX`.
     pub(crate) backlog: u32,
+    /// `bind()` sets SO_REUSEPORT for workers that don't; never with [`Bind::Master`] or [`EngineChoice::None`].
+    #[serde(default)]
+    pub(crate) force_reuseport: bool,
 }
 
 /// Who makes the sockets of a `[[listen]]`.

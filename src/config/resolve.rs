@@ -21,6 +21,7 @@ pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, Conf
     let known = Some(listen.as_slice()).filter(|known| known.len() == raw.listen.len());
     let app = app::resolve(path, raw.app.as_ref(), known, &mut problems);
     let steering = steering(&raw.steering, &mut problems);
+    listen::check_engine(&raw.listen, steering.engine, &mut problems);
     let readiness = readiness(&raw.readiness, &mut problems);
     let upgrade = upgrade::resolve(&raw.upgrade, steering.engine, &listen, known, &mut problems);
     let restart = restart(&raw.restart, &mut problems);

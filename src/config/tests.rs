@@ -87,7 +87,14 @@ fn the_smallest_config_has_the_defaults_of_the_contract() {
     assert_eq!((config.app.no_new_privileges, config.app.output), (true, Output::Tag));
     assert_eq!((config.app.stop_signal, config.app.umask), (Signal::SIGTERM, None));
     let address = "127.0.0.1:8080".parse().unwrap();
-    let listen = Listen { name: "default".into(), address, bind: Bind::Worker, v6only: false, backlog: 4096 };
+    let listen = Listen {
+        name: "default".into(),
+        address,
+        bind: Bind::Worker,
+        v6only: false,
+        backlog: 4096,
+        force_reuseport: false,
+    };
     assert_eq!(config.listen, [listen]);
     assert_eq!(config.steering.engine, EngineChoice::Auto);
     assert_eq!(config.readiness.method, ReadinessMethod::Notify);
@@ -172,6 +179,7 @@ fn a_config_survives_the_snapshot() {
     let mut older = survives(smallest.clone());
     for later in [
         r#""watchdog":null,"#,
+        r#","force_reuseport":false"#,
         r#""batch":null,"#,
         r#""canary":[],"#,
         r#""bake":{"secs":0,"nanos":0},"#,
@@ -190,7 +198,6 @@ fn a_config_survives_the_snapshot() {
 /// Keys of later versions: table, the key with its default ("" when it has none), the key asking for something.
 const LATER: &[(&str, &str, &str)] = &[
     ("listen", r#"protocol = "tcp""#, r#"protocol = "udp""#),
-    ("listen", "force_reuseport = false", "force_reuseport = true"),
     ("listen", r#"affinity = "none""#, r#"affinity = "flow""#),
     ("listen", r#"flow_timeout = "2m""#, r#"flow_timeout = "1m""#),
     ("steering", r#"policy = "hash""#, r#"policy = "cpu""#),
@@ -213,6 +220,23 @@ fn what_comes_later_is_refused_and_its_default_accepted() {
             said.contains(&format!("{key}: not supported yet")) && !said.contains("more"),
             "{other}: {said}"
         );
+    }
+}
+
+#[test]
+fn so_reuseport_is_forced_where_workers_bind_and_something_steers() {
+    let with = |lines: &str| format!("{SMALLEST}force_reuseport = true\n{lines}\n");
+    assert!(load_text(&with("")).unwrap().listen[0].force_reuseport);
+    assert!(load_text(&with("[steering]\nengine = \"cbpf\"")).is_ok());
+    for (lines, says) in [
+        (
+            "bind = \"master\"",
+            "force_reuseport: is for sockets that workers bind, and with bind = \"master\" they don't",
+        ),
+        ("[steering]\nengine = \"none\"", "force_reuseport: needs an engine that steers"),
+    ] {
+        let said = summary(&with(lines));
+        assert!(said.ends_with(&format!(":7:19: listen[0].{says}")), "{said}");
     }
 }
 

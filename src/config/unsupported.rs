@@ -37,14 +37,9 @@ pub(super) fn refuse(raw: &Raw, problems: &mut Problems) {
     }
 }
 
-fn of_listen(listen: &Listen) -> [(&'static str, Asked, &'static str); 4] {
+fn of_listen(listen: &Listen) -> [(&'static str, Asked, &'static str); 3] {
     [
         ("protocol", other_than(&listen.protocol, "tcp"), "leave it out, or write \"tcp\""),
-        (
-            "force_reuseport",
-            listen.force_reuseport.as_ref().filter(|value| *value.get_ref()).map(Spanned::span),
-            "leave it out: the program sets SO_REUSEPORT itself",
-        ),
         ("affinity", other_than(&listen.affinity, "none"), "leave it out, or write \"none\""),
         ("flow_timeout", other_time(&listen.flow_timeout, 120_000), "leave it out"),
     ]

@@ -11,7 +11,7 @@ use rustix::thread::{CapabilitySet, capability_is_in_bounding_set};
 
 use super::trials::{Trial, Trials};
 use crate::config::{Bind, Config, EngineChoice};
-use crate::master;
+use crate::{force, master};
 
 /// Everything the findings are made of.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub(super) struct Facts {
     pub(super) has_rcu_fix: Option<bool>,
     /// Where cgroup v2 is mounted.
     pub(super) cgroup2: Option<String>,
+    /// `bind()` in a cgroup of ours sets SO_REUSEPORT; or why it doesn't.
+    pub(super) force_reuseport: Result<(), String>,
     pub(super) trials: Trials,
 }
 
@@ -51,6 +53,7 @@ pub(super) struct Port {
     pub(super) address: SocketAddr,
     pub(super) backlog: u32,
     pub(super) bind: Bind,
+    pub(super) force_reuseport: bool,
 }
 
 /// What this process may do.
@@ -98,6 +101,7 @@ impl Default for Needs {
                 address: SocketAddr::from(([0, 0, 0, 0], 8080)),
                 backlog: 4096,
                 bind: Bind::Worker,
+                force_reuseport: false,
             }],
         }
     }
@@ -105,8 +109,12 @@ impl Default for Needs {
 
 impl Needs {
     pub(super) fn of_config(config: &Config) -> Needs {
-        let listen =
-            config.listen.iter().map(|l| Port { address: l.address, backlog: l.backlog, bind: l.bind });
+        let listen = config.listen.iter().map(|listen| Port {
+            address: listen.address,
+            backlog: listen.backlog,
+            bind: listen.bind,
+            force_reuseport: listen.force_reuseport,
+        });
         Needs {
             config: Some(config.path.clone()),
             engine: config.steering.engine,
@@ -140,6 +148,7 @@ impl Facts {
             nofile: getrlimit(Resource::Nofile).maximum,
             has_rcu_fix: cbpf::has_rcu_fix(),
             cgroup2: cgroup2(),
+            force_reuseport: force::try_here().map_err(|error| error.to_string()),
             trials: Trials::run(),
         }
     }

@@ -88,6 +88,7 @@ impl Keeper {
             cpus: None,
             directory: Some(c"/"),
             limits: &[],
+            cgroup: None,
             no_new_privileges: true,
         };
         let spawned = child::spawn(&spec).map_err(|error| failed(io::Error::other(error)))?;

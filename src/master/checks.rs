@@ -96,6 +96,7 @@ impl Shell {
             cpus: None,
             directory: directory.as_deref(),
             limits: &launch.limits(self.limits),
+            cgroup: None,
             no_new_privileges: app.no_new_privileges,
         })
         .map_err(|error| {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, NulError, OsStr, OsString};
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
@@ -28,6 +29,7 @@ use super::runtime::Runtime;
 use super::seats::FIRST_NUMBER;
 use super::{Shell, clock};
 use crate::config::{self, Bind, Config, Listen, Output as OutputMode, ReadinessMethod};
+use crate::force::{self, ForceError};
 
 /// The number of the config of workers that were found without a master.
 pub(super) const UNKNOWN_CONFIG: u64 = u64::MAX;
@@ -79,6 +81,8 @@ pub(super) enum LaunchError {
         "upgrade.{key} needs an engine that steers, and there is none here (see `reuseportd doctor`); leave it out"
     )]
     NoEngine { key: &'static str },
+    #[error("listen.force_reuseport: {0}")]
+    Force(#[from] ForceError),
     #[error(
         "its program {path} was overwritten in place since, and can't be brought back: replace programs by renaming a \
          new file over them"
@@ -133,6 +137,12 @@ impl Launch {
         };
         // It is looked for again whenever it runs; that it is not there is better known before.
         launch.find_check()?;
+        if launch.forced().next().is_some() {
+            let cgroup = runtime.cgroup(&launch.config.app.name)?;
+            force::try_in(&cgroup)?;
+            // What only generations had that are gone.
+            let _ = force::remove(&cgroup);
+        }
         launch.groups = groups.open(&launch.config.listen)?;
         Ok(launch)
     }
@@ -163,6 +173,19 @@ impl Launch {
     /// Its listeners with their groups.
     pub(super) fn listeners(&self) -> impl Iterator<Item = (GroupId, &Listen)> {
         self.groups.iter().copied().zip(&self.config.listen)
+    }
+
+    /// The addresses at which `bind()` sets SO_REUSEPORT.
+    fn forced(&self) -> impl Iterator<Item = SocketAddr> {
+        self.config.listen.iter().filter(|listen| listen.force_reuseport).map(|listen| listen.address)
+    }
+
+    /// `cgroup.procs` of the cgroup its workers are started in, if it takes one.
+    fn cgroup(&self, runtime: &Runtime) -> Result<Option<File>, ForceError> {
+        let forced: Vec<_> = self.forced().collect();
+        let app = &self.config.app.name;
+        let open = || force::open(&runtime.cgroup(app)?, &forced);
+        (!forced.is_empty()).then(open).transpose()
     }
 
     /// The number under which a worker finds its channel: behind its sockets, whose numbers are fixed.
@@ -305,6 +328,7 @@ impl Shell {
         let listen_pid = launch.seat_listeners().next().map(|_| env::LISTEN_PID);
         let watchdog_pid = launch.config.watchdog.map(|_| env::WATCHDOG_PID);
         let pid_variables: Vec<_> = listen_pid.into_iter().chain(watchdog_pid).collect();
+        let cgroup = launch.cgroup(&self.runtime).map_err(|error| prepare(io::Error::other(error)))?;
         let spec = SpawnSpec {
             executable: &launch.executable,
             argv: &argv,
@@ -316,6 +340,7 @@ impl Shell {
             cpus: app.cpu_by_seat.then(|| cpu_of(seat)).transpose().map_err(prepare)?,
             directory: directory.as_deref(),
             limits: &launch.limits(self.limits),
+            cgroup: cgroup.as_ref().map(AsFd::as_fd),
             no_new_privileges: app.no_new_privileges,
         };
         let spawned = child::spawn(&spec).map_err(|error| {

@@ -80,7 +80,14 @@ mod tests {
 
     fn is_served(local: &str, is_v6only: bool, address: &str, v6only: bool) -> bool {
         let address = address.parse().unwrap();
-        let listen = Listen { name: "x".into(), address, bind: Bind::Worker, v6only, backlog: 1 };
+        let listen = Listen {
+            name: "x".into(),
+            address,
+            bind: Bind::Worker,
+            v6only,
+            backlog: 1,
+            force_reuseport: false,
+        };
         serves(local.parse().unwrap(), is_v6only, &listen)
     }
 

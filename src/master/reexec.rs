@@ -175,6 +175,7 @@ impl Shell {
             cpus: None,
             directory: None,
             limits: &[],
+            cgroup: None,
             no_new_privileges: false,
         })
         .map_err(io::Error::other)?;

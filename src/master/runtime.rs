@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::carried::Carried;
 use crate::config::{Control, saved};
+use crate::force::{self, ForceError};
 
 /// Why the runtime files can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +123,42 @@ impl Runtime {
         beside(&self.socket, ".journal")
     }
 
+    /// The app's cgroup, made if need be. Where it is, a link beside the socket says: the next master may be elsewhere.
+    pub(super) fn cgroup(&self, app: &str) -> Result<PathBuf, ForceError> {
+        let (link, place) = (self.cgroup_link(), force::place(app, &self.socket)?);
+        let left = fs::read_link(&link).ok();
+        match left.filter(|left| *left != place) {
+            // A former master's processes are in it.
+            Some(left) if force::remove(&left).is_err() => return Ok(left),
+            Some(_) => drop(fs::remove_file(&link)),
+            None => {}
+        }
+        // The link first: nothing is made that the next master would not find.
+        match symlink(&place, &link) {
+            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(ForceError::Make { path: link, source });
+            }
+            Ok(()) | Err(_) => {}
+        }
+        force::make(&place)?;
+        Ok(place)
+    }
+
+    fn cgroup_link(&self) -> PathBuf {
+        beside(&self.socket, ".cgroup")
+    }
+
+    fn remove_cgroup(&self) {
+        let Ok(path) = fs::read_link(self.cgroup_link()) else { return };
+        if let Err(error) = force::remove_when_empty(&path) {
+            let path = path.display();
+            tracing::warn!(
+                event = "cgroup_left",
+                "cannot remove the cgroup {path}: {error}; processes are still in it"
+            );
+        }
+    }
+
     /// Where workers send their notifications.
     pub(super) fn notify_path(&self) -> PathBuf {
         beside(&self.socket, ".notify")
@@ -144,7 +181,8 @@ impl Drop for Runtime {
         if !self.is_ours {
             return;
         }
-        for suffix in ["", ".notify", ".keep", ".keeper", ".journal", ".lock"] {
+        self.remove_cgroup();
+        for suffix in ["", ".cgroup", ".notify", ".keep", ".keeper", ".journal", ".lock"] {
             let _ = fs::remove_file(beside(&self.socket, suffix));
         }
         if let Some(directory) = &self.directory {

@@ -240,6 +240,12 @@ impl Drop for Master<'_> {
             kill(left.iter().map(|process| process.pid));
         }
         kill(keepers_of(&self.world.app));
+        if let Ok(cgroup) = fs::read_link(self.world.path("run/control.sock.cgroup")) {
+            for below in fs::read_dir(&cgroup).into_iter().flatten().flatten() {
+                let _ = fs::remove_dir(below.path());
+            }
+            let _ = fs::remove_dir(cgroup);
+        }
         // What a killed master could not remove.
         let _ = fs::remove_dir_all(self.world.path("run"));
     }

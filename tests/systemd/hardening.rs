@@ -8,13 +8,14 @@ use super::unit::Unit;
 use super::with_each_systemd;
 use crate::support::load::{Load, spec};
 use crate::support::machine::{Systemd, machine};
-use crate::support::world::repository;
+use crate::support::world::{example, repository};
 
 with_each_systemd!(
     exposure_is_as_the_unit_says,
     all_works_inside_ebpf,
     all_works_inside_cbpf,
     nobody_needs_to_read_the_files_of_workers,
+    so_reuseport_is_forced_with_the_drop_in,
 );
 
 fn exposure_is_as_the_unit_says(systemd: Systemd) {
@@ -99,5 +100,37 @@ fn nobody_needs_to_read_the_files_of_workers(systemd: Systemd) {
         load.end_lossless();
         unit.succeed("stop");
         unit.nothing_is_left();
+    });
+}
+
+/// By a program that never sets it, and over the death of a master.
+fn so_reuseport_is_forced_with_the_drop_in(systemd: Systemd) {
+    const CGROUP: &str = "/run/reuseportd/web/control.sock.cgroup";
+    machine(systemd, true, |world, machine| {
+        fs::copy(example("plain"), machine.path("/srv/web/plain")).unwrap();
+        let unit = Unit::new(world, machine, "");
+        let config = format!(
+            "[app]\ncommand = [\"/srv/web/plain\", \"{{address.default}}\"]\nworkers = 2\nuser = \"nobody\"\n\
+             [[listen]]\naddress = \"{}\"\nforce_reuseport = true\n[readiness]\nmethod = \"listen\"\n",
+            world.address
+        );
+        machine.write("/etc/reuseportd/web.toml", &config);
+        assert_ne!(unit.systemctl("start").code, 0);
+        assert!(unit.journal().contains("ProtectControlGroups=no"), "{}", unit.journal());
+        unit.succeed("stop");
+        unit.drop_in(&fs::read_to_string(repository("deploy/force-reuseport.conf")).unwrap());
+        unit.succeed("start");
+        let load = Load::start(spec(world).rate(100.0));
+        unit.succeed("reload");
+        let path = machine.tell(&format!("readlink {CGROUP}"));
+        assert!(path.contains("/reuseportd@web.service/reuseportd-web-"), "{path}");
+        unit.signal_master("SIGKILL");
+        unit.wait_status("adopted", |status| status.master.adopted);
+        unit.succeed("reload");
+        assert_eq!(machine.tell(&format!("readlink {CGROUP}")), path);
+        load.end_lossless();
+        unit.succeed("stop");
+        unit.nothing_is_left();
+        assert_ne!(machine.run(&format!("ls {path}")).code, 0, "the cgroup is left behind");
     });
 }

@@ -297,5 +297,8 @@ fn question(spec: &Spec, plan: Plan) -> (Vec<u8>, Expected) {
             let expected = line.to_uppercase().into_bytes();
             ((line + "\n").into_bytes(), Expected::Line(expected))
         }
+        Protocol::Line { asked, answer } => {
+            (format!("{asked}\n").into_bytes(), Expected::Line(answer.clone().into_bytes()))
+        }
     }
 }

@@ -12,6 +12,13 @@ pub enum Protocol {
     Http(String),
     /// One line; right is a line that begins with the same text in upper case. What follows on it may carry tags.
     Echo,
+    /// This line; right is a line that begins with that text.
+    Line {
+        /// What is asked, without the line's end.
+        asked: String,
+        /// What the answer begins with.
+        answer: String,
+    },
 }
 
 /// The load to make. Everything but the target has a default; the default load is none at all.

@@ -14,7 +14,7 @@ use rustix::thread::CpuSet;
 
 use crate::executable::PinnedExecutable;
 use crate::identity::Identity;
-use crate::{check, pidfd};
+use crate::{cgroup, check, pidfd};
 
 /// What to start and in which surroundings.
 #[derive(Debug)]
@@ -39,6 +39,8 @@ pub struct SpawnSpec<'a> {
     pub directory: Option<&'a CStr>,
     /// Resource limits.
     pub limits: &'a [Limit],
+    /// `cgroup.procs` of the cgroup it is put into, open for writing; that of this process if `None`.
+    pub cgroup: Option<BorrowedFd<'a>>,
     /// Whether the child and its descendants may never gain privileges by exec.
     pub no_new_privileges: bool,
 }
@@ -73,6 +75,8 @@ pub enum Step {
     Fork,
     /// Its own process group.
     ProcessGroup,
+    /// Entering its cgroup.
+    Cgroup,
     /// Giving descriptors their numbers.
     Descriptors,
     /// Setting resource limits.
@@ -98,8 +102,9 @@ pub enum Step {
 }
 
 /// What may need privilege comes before what gives it up.
-const CHILD_STEPS: [Step; 11] = [
+const CHILD_STEPS: [Step; 12] = [
     Step::ProcessGroup,
+    Step::Cgroup,
     Step::Descriptors,
     Step::Limits,
     Step::Processors,
@@ -118,6 +123,7 @@ impl Step {
             Step::Prepare => "prepare a start",
             Step::Fork => "make a process",
             Step::ProcessGroup => "make a process group",
+            Step::Cgroup => "enter its cgroup",
             Step::Descriptors => "hand over descriptors",
             Step::Limits => "set resource limits",
             Step::Processors => "choose its processors",
@@ -277,6 +283,7 @@ unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
     unsafe {
         match step {
             Step::ProcessGroup => libc::setpgid(0, 0),
+            Step::Cgroup => spec.cgroup.map_or(0, |procs| with_errno(cgroup::enter(procs))),
             Step::Descriptors => place_descriptors(prepared),
             Step::Limits => spec.limits.iter().fold(0, |result, limit| result.min(set_limit(limit))),
             Step::Processors => match &spec.cpus {

@@ -17,6 +17,7 @@
 //! | [`procfs`] | who owns a socket, who descends from whom, counters and sysctls |
 //! | [`reaper`] | the children that PID 1 is given |
 //! | [`signals`] | signals as a readable descriptor |
+//! | [`cgroup`] | where processes are in the tree of cgroup v2 |
 //! | [`capability`], [`limits`] | what this process may do |
 #![allow(
     unsafe_code,
@@ -26,6 +27,7 @@
 pub mod bpf;
 pub mod capability;
 pub mod cbpf;
+pub mod cgroup;
 pub mod child;
 pub mod diag;
 pub mod executable;

@@ -76,3 +76,21 @@ pub(super) fn cgroup2(facts: &Facts) -> Finding {
         ),
     }
 }
+
+pub(super) fn force_reuseport(facts: &Facts) -> Finding {
+    const CHECK: &str = "force_reuseport";
+    let level = match facts.needs.listen.iter().any(|port| port.force_reuseport) {
+        true => Level::Problem,
+        false => Level::Note,
+    };
+    match &facts.force_reuseport {
+        Ok(()) => Finding::ok(CHECK, "tried: bind() in a cgroup sets SO_REUSEPORT for programs that don't"),
+        Err(why) => Finding::bad(
+            level,
+            CHECK,
+            format!("tried and failed: {why}"),
+            "listen.force_reuseport: a program that sets SO_REUSEPORT itself does not need it",
+            "reuseportd doctor   # again, as root, with a cgroup v2 that can be written to, on Linux 6.1 or later",
+        ),
+    }
+}

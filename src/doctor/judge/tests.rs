@@ -48,6 +48,7 @@ fn well() -> Facts {
         nofile: Some(1024),
         has_rcu_fix: Some(true),
         cgroup2: Some("/sys/fs/cgroup".to_owned()),
+        force_reuseport: Ok(()),
         trials: Trials {
             steering: Trial::Passed,
             migration: Trial::Passed,
@@ -60,7 +61,12 @@ fn well() -> Facts {
 }
 
 fn port(port: u16, backlog: u32) -> Port {
-    Port { address: SocketAddr::from(([0, 0, 0, 0], port)), backlog, bind: Bind::Worker }
+    Port {
+        address: SocketAddr::from(([0, 0, 0, 0], port)),
+        backlog,
+        bind: Bind::Worker,
+        force_reuseport: false,
+    }
 }
 
 fn cbpf(facts: &mut Facts) {
@@ -117,6 +123,13 @@ fn the_kernel() {
     });
     assert_eq!(unsafe_cbpf, [(replace, Level::Warning)]);
     assert_eq!(after(|facts| facts.cgroup2 = None), [("cgroup2", Level::Note)]);
+    for (forced, level) in [(false, Level::Note), (true, Level::Problem)] {
+        let without = after(|facts| {
+            facts.needs.listen[1].force_reuseport = forced;
+            facts.force_reuseport = Err("CAP_BPF is missing".to_owned());
+        });
+        assert_eq!(without, [("force_reuseport", level)]);
+    }
     assert_eq!(after(|facts| facts.trials.wake_up = failed()), [("kernel.wake_up", Level::Warning)]);
 }
 

@@ -108,6 +108,7 @@ const CLASS_LDX_MEM: u8 = 0x61;
 const CLASS_STX_MEM: u8 = 0x63;
 const CLASS_ST_MEM: u8 = 0x62;
 const CLASS_JMP: u8 = 0x05;
+const CLASS_JMP32: u8 = 0x06;
 const CLASS_ALU64: u8 = 0x07;
 const SOURCE_REG: u8 = 0x08;
 const CALL: u8 = 0x85;
@@ -210,6 +211,11 @@ impl Assembler {
     pub fn jump_if_imm(&mut self, cond: Cond, a: Reg, imm: i32, label: &'static str) {
         self.jumps.push((self.insns.len(), label));
         self.push(CLASS_JMP | cond as u8, a, Reg::R0, 0, imm);
+    }
+
+    /// Unless the lower 32 bits of `a` are `word`, skips the next `insns` instructions.
+    pub fn skip_unless_word(&mut self, a: Reg, word: u32, insns: i16) {
+        self.push(CLASS_JMP32 | Cond::Ne as u8, a, Reg::R0, insns, word.cast_signed());
     }
 
     /// Returns R0 to the kernel.

@@ -3,6 +3,7 @@
 //! [`steering::EbpfGroup`] is what the rest of the project uses; the other modules are its parts.
 
 pub mod asm;
+pub mod bind;
 pub mod btf;
 pub mod program;
 mod raw;

@@ -26,6 +26,27 @@ pub enum BpfError {
         /// The verifier's log, empty when it said nothing.
         log: String,
     },
+    /// The program that sets SO_REUSEPORT was not accepted.
+    #[error(
+        "cannot load the program that sets SO_REUSEPORT: {source}{}{}",
+        bind_remedy(source),
+        show_log(log)
+    )]
+    LoadBind {
+        /// What the kernel said.
+        source: io::Error,
+        /// The verifier's log, empty when it said nothing.
+        log: String,
+    },
+    /// It could not be attached to the cgroup.
+    #[error(
+        "cannot attach the program that sets SO_REUSEPORT to the cgroup: {source}{}",
+        bind_remedy(source)
+    )]
+    AttachBind {
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The program could not be put together: a mistake of this crate.
     #[error("cannot assemble the steering program: {0}")]
     Assemble(#[from] AsmError),
@@ -64,6 +85,8 @@ impl BpfError {
         match self {
             BpfError::CreateMap { source, .. }
             | BpfError::Load { source, .. }
+            | BpfError::LoadBind { source, .. }
+            | BpfError::AttachBind { source }
             | BpfError::Examine { source, .. }
             | BpfError::Entry { source, .. } => source.raw_os_error(),
             BpfError::Attach(source) => source.raw_os_error(),
@@ -80,6 +103,16 @@ fn remedy(source: &io::Error) -> &'static str {
              steering.engine = \"cbpf\")"
         }
         Some(libc::ENOSYS) => " (this kernel has no bpf(2): use steering.engine = \"cbpf\")",
+        _ => "",
+    }
+}
+
+fn bind_remedy(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::EPERM) => {
+            " (it takes CAP_BPF and CAP_NET_ADMIN, a seccomp filter that lets bpf(2) through, and no program of another \
+             in a cgroup above that forbids it)"
+        }
         _ => "",
     }
 }
@@ -101,11 +134,26 @@ const BPF_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_PROG_LOAD: i32 = 5;
+const BPF_PROG_ATTACH: i32 = 8;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_BTF_LOAD: i32 = 18;
-const BPF_PROG_TYPE_SK_REUSEPORT: u32 = 21;
-const BPF_SK_REUSEPORT_SELECT_OR_MIGRATE: u32 = 40;
+/// A later program takes the place of the one before; cgroups below may have others.
+const BPF_F_ALLOW_OVERRIDE: u32 = 1;
 const LOG_BYTES: usize = 256 * 1024;
+
+/// What a program is for: its type and where it is attached (`bpf_prog_type`, `bpf_attach_type`).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Purpose {
+    program: u32,
+    attach: u32,
+}
+
+/// SK_REUSEPORT, SELECT_OR_MIGRATE: selects for new connections and for migrations.
+pub(super) const STEER: Purpose = Purpose { program: 21, attach: 40 };
+/// CGROUP_SOCK_ADDR, INET4_BIND: sees each `bind()` of an IPv4 socket.
+pub(super) const BIND_V4: Purpose = Purpose { program: 18, attach: 8 };
+/// CGROUP_SOCK_ADDR, INET6_BIND: the same for IPv6.
+pub(super) const BIND_V6: Purpose = Purpose { program: 18, attach: 9 };
 
 #[repr(C)]
 #[derive(Default)]
@@ -153,6 +201,15 @@ struct LoadAttr {
     line_info: u64,
     line_info_cnt: u32,
     attach_btf_id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct AttachAttr {
+    target_fd: u32,
+    attach_bpf_fd: u32,
+    attach_type: u32,
+    attach_flags: u32,
 }
 
 #[repr(C)]
@@ -275,16 +332,18 @@ pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
     unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr) }.map(drop)
 }
 
-/// Loads an `sk_reuseport` program that selects for new connections and for migrations.
+/// Loads a program. One without functions needs no type information.
 ///
 /// Only a failure pays for the verifier's log: the program is loaded a second time to read it.
-pub(super) fn load_program(name: &str, program: &Program) -> Result<OwnedFd, BpfError> {
+pub(super) fn load_program(name: &str, purpose: Purpose, program: &Program) -> Result<OwnedFd, BpfError> {
     let (types, infos) = btf::describe(&program.functions);
-    let types = load_types(&types).map_err(|source| BpfError::Load { source, log: String::new() })?;
+    let types = (!infos.is_empty()).then(|| load_types(&types)).transpose();
+    let types = types.map_err(|source| BpfError::Load { source, log: String::new() })?;
+    let described = (types.as_ref().map(AsFd::as_fd), infos.as_slice());
     let mut log = Vec::new();
-    let fd = load_with_log(name, program, (types.as_fd(), &infos), &mut log).or_else(|_| {
+    let fd = load_with_log(name, purpose, program, described, &mut log).or_else(|_| {
         log = vec![0; LOG_BYTES];
-        load_with_log(name, program, (types.as_fd(), &infos), &mut log)
+        load_with_log(name, purpose, program, described, &mut log)
     });
     let fd = fd.map_err(|source| {
         let text: Vec<u8> = log.into_iter().take_while(|&byte| byte != 0).collect();
@@ -304,12 +363,13 @@ fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
 
 fn load_with_log(
     name: &str,
+    purpose: Purpose,
     program: &Program,
-    (types, infos): (BorrowedFd<'_>, &[[u32; 2]]),
+    (types, infos): (Option<BorrowedFd<'_>>, &[[u32; 2]]),
     log: &mut [u8],
 ) -> io::Result<i32> {
     let mut attr = LoadAttr {
-        prog_type: BPF_PROG_TYPE_SK_REUSEPORT,
+        prog_type: purpose.program,
         insn_cnt: u32::try_from(program.insns.len()).map_err(io::Error::other)?,
         insns: program.insns.as_ptr() as u64,
         // The helpers this program calls are open to any licence; the kernel wants the field all the same.
@@ -318,8 +378,8 @@ fn load_with_log(
         log_size: u32::try_from(log.len()).map_err(io::Error::other)?,
         log_buf: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
         prog_name: short_name(name),
-        expected_attach_type: BPF_SK_REUSEPORT_SELECT_OR_MIGRATE,
-        prog_btf_fd: raw(types),
+        expected_attach_type: purpose.attach,
+        prog_btf_fd: types.map_or(0, raw),
         func_info_rec_size: 8,
         func_info: infos.as_ptr() as u64,
         func_info_cnt: u32::try_from(infos.len()).map_err(io::Error::other)?,
@@ -327,4 +387,20 @@ fn load_with_log(
     };
     // SAFETY: instructions, licence, function records and log live across the call and have the sizes given.
     unsafe { bpf(BPF_PROG_LOAD, &mut attr) }
+}
+
+/// Attaches a program to a cgroup, as long as that exists, in place of the one attached before.
+pub(super) fn attach_to_cgroup(
+    cgroup: BorrowedFd<'_>,
+    purpose: Purpose,
+    program: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut attr = AttachAttr {
+        target_fd: raw(cgroup),
+        attach_bpf_fd: raw(program),
+        attach_type: purpose.attach,
+        attach_flags: BPF_F_ALLOW_OVERRIDE,
+    };
+    // SAFETY: AttachAttr is the prefix of bpf_attr for BPF_PROG_ATTACH and holds no address.
+    unsafe { bpf(BPF_PROG_ATTACH, &mut attr) }.map(drop)
 }

@@ -105,7 +105,7 @@ impl EbpfGroup {
             counters: counters.as_raw_fd(),
             probes: probes.as_raw_fd(),
         })?;
-        let program = raw::load_program("rupd_steer", &program)?;
+        let program = raw::load_program("rupd_steer", raw::STEER, &program)?;
         let group = EbpfGroup { sockets, plans, control, counters, probes, program };
         group.select(PLAN_RECORDS - 1)?;
         Ok(group)

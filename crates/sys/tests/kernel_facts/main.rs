@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "tests make namespaces and change users, for which there is no safe call")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests themselves")]
 
+mod bind;
 mod handover;
 mod image;
 mod overlap;

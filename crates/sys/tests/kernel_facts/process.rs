@@ -33,6 +33,7 @@ pub(crate) struct Around<'a> {
     pub(crate) no_new_privileges: bool,
     pub(crate) pid_variables: &'a [&'a str],
     pub(crate) identity: Identity,
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// Starts a program with its output in a pipe.
@@ -57,6 +58,7 @@ pub(crate) fn start(
         cpus: None,
         directory: around.directory,
         limits: &around.limits,
+        cgroup: around.cgroup,
         no_new_privileges: around.no_new_privileges,
     };
     spawn(&spec).map(|spawned| (spawned, File::from(reader)))
@@ -68,7 +70,7 @@ pub(crate) fn shell(script: &str) -> (Spawned, File) {
 }
 
 /// All output until the last writer ends, and how the worker ended.
-fn finish((spawned, mut output): (Spawned, File)) -> (String, Exit) {
+pub(crate) fn finish((spawned, mut output): (Spawned, File)) -> (String, Exit) {
     let mut text = String::new();
     output.read_to_string(&mut text).unwrap();
     (text, wait_for_end(spawned.pidfd.as_fd()))
@@ -125,6 +127,7 @@ fn a_worker_gets_just_what_it_was_given() {
             no_new_privileges: true,
             pid_variables: &["LISTEN_PID", "WATCHDOG_PID"],
             identity: Identity::default(),
+            cgroup: None,
         };
         let child = start(&sh, &["sh", "-c", script], &around).unwrap();
         let pid = child.0.pid.to_string();
