@@ -179,7 +179,7 @@ impl Master {
     }
 
     /// Its worker is on its way out.
-    fn retires(&self, listener: &Listener) -> bool {
+    pub(crate) fn retires(&self, listener: &Listener) -> bool {
         self.workers.get(&listener.worker).is_some_and(|worker| worker.state.is_retiring())
     }
 

@@ -67,6 +67,10 @@ impl Master {
                 Some(_) => {}
             }
         }
+        // Sockets of seats that nobody has taken over leave with them, like their own.
+        for listener in self.listeners.values_mut().filter(|l| workers.contains(&l.worker)) {
+            listener.of_seat = false;
+        }
         self.give_up_seats(generation);
         self.save();
         let step = if self.engine == Engine::None { RetireStep::Emptying } else { RetireStep::Counting };

@@ -175,10 +175,8 @@ impl Master {
 
     /// Without steering the master holds nothing back.
     fn let_go(&mut self, id: GroupId) {
-        let of_group = self
-            .listeners
-            .iter()
-            .filter(|(_, l)| l.group == id && l.handle && l.listens && !l.leaving && !l.of_seat);
+        let is_there = |l: &Listener| l.handle && l.listens && !l.leaving && !l.of_seat && !self.retires(l);
+        let of_group = self.listeners.iter().filter(|(_, l)| l.group == id && is_there(l));
         for listener in of_group.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.drop_handle(listener);
         }

@@ -309,6 +309,27 @@ fn fifty_wishes_become_few_upgrades_and_the_last_one_wins() {
 }
 
 #[test]
+fn a_wish_that_had_to_wait_lets_others_join_it() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.pass(SECOND * 2);
+    for _ in 0..2 {
+        shell.launch(Shell::plan(1), Trigger::Command);
+    }
+    shell.ready(2);
+    shell.pass(Duration::from_millis(200));
+    shell.drains(1);
+    shell.pass(Duration::from_millis(200));
+    let status = shell.master.status();
+    assert_eq!((status.state, status.upgrade_waits), (MasterState::Steady, true));
+    shell.launch(Shell::plan(3), Trigger::Command);
+    let begins = Command::Report(Report::Launching(Generation(3), Trigger::Command));
+    assert!(!shell.has_said(&begins));
+    shell.pass(SECOND);
+    assert!(shell.has_said(&begins));
+    assert_eq!(shell.master.seats(Generation(3)), 3, "the latest");
+}
+
+#[test]
 fn a_wish_during_an_upgrade_is_remembered_once_and_everybody_is_answered() {
     let mut shell = Shell::serving(Engine::Ebpf, 1);
     for ticket in 1..=3 {

@@ -391,7 +391,11 @@ impl Protocol {
             let of_launched =
                 |user: &WorkerId| self.lives[user].generation > self.active.unwrap_or(Generation(0));
             let is_its = !socket.users.iter().all(of_launched);
-            let is_kept = is_its && self.keeps(socket.group, seat) && !self.abandoned.contains(&listener);
+            // Its last worker has emptied it on its way out.
+            let is_left = socket.users.last().and_then(|user| self.lives.get(user));
+            let is_left = is_left.is_some_and(|life| life.stopped.is_some());
+            let is_kept =
+                is_its && !is_left && self.keeps(socket.group, seat) && !self.abandoned.contains(&listener);
             assert!(!is_kept, "the socket of {seat:?} was released: {socket:?}");
         }
         if let Some(owner) = socket.owner
