@@ -224,7 +224,11 @@ impl Shell {
                 let seat = Seat(u16::try_from(seat).unwrap_or(u16::MAX));
                 if let Some(reason) = self.core.keeps_worker(seat) {
                     let message = self.reason(reason);
-                    return self.clients.reply(number, &Reply::Error { message, code: 1, receipt: None }, true);
+                    return self.clients.reply(
+                        number,
+                        &Reply::Error { message, code: 1, receipt: None },
+                        true,
+                    );
                 }
                 self.accepted(number, wait);
                 self.inbox.push_back(Event::Replace { seat, by: wait.then_some(Ticket(number)) });

@@ -1,7 +1,8 @@
 //! The answer to `status`: the core's picture with what only the shell knows.
 
 use reuseportd_core::{
-    Generation, GenerationState, GenerationView, ListenerView, MasterState, Time, WorkerId, WorkerState, WorkerView,
+    Generation, GenerationState, GenerationView, ListenerView, MasterState, Time, WorkerId, WorkerState,
+    WorkerView,
 };
 use reuseportd_wire::status as wire;
 use sha2::{Digest, Sha256};
