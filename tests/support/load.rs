@@ -63,6 +63,11 @@ impl Load {
     /// Waits for an answer of this generation, which alone should answer from now on.
     pub(crate) fn answered_by(&self, generation: u32) {
         self.running().mark(generation);
+        self.heard_from(generation);
+    }
+
+    /// Waits for an answer of this generation, beside others.
+    pub(crate) fn heard_from(&self, generation: u32) {
         let waited = self.running().wait_generation(generation, 1, PATIENCE);
         waited.unwrap_or_else(|error| panic!("{error}"));
     }
