@@ -11,7 +11,7 @@ use crate::support::PATIENCE;
 use crate::support::app::App;
 use crate::support::load::{Load, slow_accepts, spec};
 use crate::support::master::Master;
-use crate::support::process::{Done, kill};
+use crate::support::process::kill;
 use crate::support::watch::{always_served, seats, serving, watched};
 use crate::support::world::{World, needs_of, world};
 
@@ -121,13 +121,6 @@ fn the_same_loads_show_losses() {
     });
 }
 
-fn refused(done: &Done, words: &[&str]) {
-    assert_eq!(done.code, 1, "{done:#?}");
-    for word in words {
-        assert!(done.stderr.contains(word), "{word}: {done:#?}");
-    }
-}
-
 #[test]
 fn what_cannot_be_is_refused() {
     world(&[], |world| {
@@ -135,7 +128,7 @@ fn what_cannot_be_is_refused() {
         let master = Master::start(world, &app);
         let before = seats(&master.status(), 1);
         for words in ["restart-worker 2", "restart-worker 2 --wait"] {
-            refused(&master.cli(words), &["no seat 2", "0 to 1"]);
+            master.cli(words).refused(&["no seat 2", "0 to 1"]);
         }
         for words in ["restart-worker 1024", "restart-worker -1", "restart-worker first", "restart-worker"] {
             assert_eq!(master.cli(words).code, 2, "{words}");
@@ -143,7 +136,7 @@ fn what_cannot_be_is_refused() {
         assert_eq!(seats(&master.status(), 1), before);
         let upgrading = master.begin("upgrade --wait");
         master.wait_status("launching", |status| status.state == MasterState::Launching);
-        refused(&master.cli("restart-worker 0 --wait"), &["an upgrade is under way"]);
+        master.cli("restart-worker 0 --wait").refused(&["an upgrade is under way"]);
         assert_eq!(seats(&master.status(), 1), before);
         assert_eq!(upgrading.finish(PATIENCE).code, 0);
         master.stop();
@@ -177,7 +170,7 @@ fn the_next_one_fails(engine: &'static str, mode: &str) {
             let before = seats(&master.status(), 1);
             fail(world, true);
             let (done, seen) = watched(&master, || master.cli("restart-worker 2 --wait"));
-            refused(&done, &["seat 2", word]);
+            done.refused(&["seat 2", word]);
             always_served(&seen, 4);
             let is_over = |status: &Status| status.generations[0].workers.len() == 4;
             let after = master.wait_status("without the next one", is_over);
@@ -255,7 +248,7 @@ fn somebody_is_killed(engine: &'static str, mode: &str) {
         let waiting = master.begin("restart-worker 0 --wait");
         wait_next(&master);
         master.kill();
-        refused(&waiting.finish(PATIENCE), &["the master ended"]);
+        waiting.finish(PATIENCE).refused(&["the master ended"]);
         master.restart();
         master.wait_adopted();
         master.wait_status("carried to its end", |status| {

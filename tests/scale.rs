@@ -13,7 +13,7 @@ use crate::crash::fullest;
 use crate::support::app::{App, test_worker};
 use crate::support::load::{Load, spec};
 use crate::support::master::Master;
-use crate::support::process::{Done, kill};
+use crate::support::process::kill;
 use crate::support::watch::{always_served, seats, watched};
 use crate::support::world::{World, needs_of, world};
 use crate::support::{PATIENCE, client};
@@ -251,13 +251,6 @@ fn during_an_upgrade_it_waits_for_the_end() {
     });
 }
 
-fn refused(done: &Done, words: &[&str]) {
-    assert_eq!(done.code, 1, "{done:#?}");
-    for word in words {
-        assert!(done.stderr.contains(word), "{word}: {done:#?}");
-    }
-}
-
 #[test]
 fn workers_that_fail_are_told_of() {
     world(&[], |world| {
@@ -265,7 +258,7 @@ fn workers_that_fail_are_told_of() {
             .restart("breaker = { exits = 1000 }");
         let master = Master::start(world, &app);
         let before = demand(&master.status(), 2);
-        refused(&master.cli("scale 4 --wait"), &["seat 3", "status 7"]);
+        master.cli("scale 4 --wait").refused(&["seat 3", "status 7"]);
         // The others are there, and those of before are as they were.
         let status = master.wait_status("three", |status| seats(status, 1).len() == 3);
         assert_eq!(seats(&status, 1)[..2], before);
@@ -288,7 +281,7 @@ fn a_later_number_takes_the_place_of_an_earlier() {
         };
         master.wait_status("starting", is_starting);
         scale(&master, 3);
-        refused(&waiting.finish(PATIENCE), &["another number of workers"]);
+        waiting.finish(PATIENCE).refused(&["another number of workers"]);
         demand(&master.status(), 3);
         master.stop();
     });

@@ -19,6 +19,16 @@ pub(crate) struct Done {
     pub(crate) stderr: String,
 }
 
+impl Done {
+    /// Demands that it failed, and said why in these words.
+    pub(crate) fn refused(&self, words: &[&str]) {
+        assert_eq!(self.code, 1, "{self:#?}");
+        for word in words {
+            assert!(self.stderr.contains(word), "{word}: {self:#?}");
+        }
+    }
+}
+
 /// A program that runs beside the test.
 #[derive(Debug)]
 pub(crate) struct Running {
