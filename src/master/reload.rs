@@ -8,7 +8,7 @@ use reuseportd_core::{
 };
 use reuseportd_wire::status as wire;
 
-use super::launch::Launch;
+use super::launch::{Launch, UNKNOWN_CONFIG};
 use super::{Shell, clock, words};
 use crate::config::{self, Config, ReadinessMethod};
 
@@ -51,7 +51,9 @@ impl Shell {
 
     /// Equal configs have the same number.
     fn number_of(&mut self, config: &Config) -> u64 {
-        let known = self.launches.values().chain(&self.prepared).find(|launch| *launch.config == *config);
+        // From which config workers without a master were started is only assumed.
+        let is_known = |launch: &&Launch| launch.config_number != UNKNOWN_CONFIG && *launch.config == *config;
+        let known = self.launches.values().chain(&self.prepared).find(is_known);
         match known {
             Some(launch) => launch.config_number,
             None => {
