@@ -179,3 +179,25 @@ fn no_seat_changes_hands_during_an_upgrade_nor_one_that_is_not_there() {
     shell.drains(1);
     assert_eq!(shell.receipt().outcome, Outcome::Completed);
 }
+
+/// The old one leaves with its worker: whoever shared it would have none.
+#[test]
+fn a_seat_that_comes_back_at_once_gets_a_socket_of_its_own() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        for by_upgrade in [false, true] {
+            let mut shell = Shell::serving_seats(engine, 2);
+            shell.tell(Event::Scale { to: Number::Exactly(1), by: None });
+            shell.said.clear();
+            match by_upgrade {
+                true => shell.launch(Plan { config: 7, ..Shell::plan_of_seats(2) }, Trigger::Command),
+                false => shell.tell(Event::Scale { to: Number::Exactly(2), by: None }),
+            }
+            let made = |said: &Command| match said {
+                Command::Bind { seat, .. } => Some(*seat),
+                _ => None,
+            };
+            let made: Vec<Seat> = shell.said.iter().filter_map(made).collect();
+            assert_eq!(made, [Seat(1)], "{engine:?}, by an upgrade: {by_upgrade}");
+        }
+    }
+}
