@@ -1,7 +1,7 @@
 //! The kernel's own list of sockets (`NETLINK_SOCK_DIAG`), read by hand: two fixed structures of 72 bytes.
 //!
-//! A dump shows a reuseport group in `listen()` order (IPv6) or in its reverse (IPv4); [`listen_order`]
-//! hides the difference.
+//! A dump shows a reuseport group in the order of `listen()`, or `bind()` for UDP (IPv6), or in its reverse (IPv4);
+//! [`listen_order`] hides the difference.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -138,7 +138,8 @@ pub fn dump(query: &Query) -> io::Result<Vec<Socket>> {
     Ok(sockets)
 }
 
-/// Sorts a dump so that each reuseport group is in `listen()` order, IPv4 groups first.
+/// Sorts a dump so that each reuseport group is in the order in which its sockets came: by `listen()`, of UDP by `bind()`.
+/// IPv4 groups come first.
 #[must_use]
 pub fn listen_order(sockets: Vec<Socket>) -> Vec<Socket> {
     let (mut v4, v6): (Vec<Socket>, Vec<Socket>) =

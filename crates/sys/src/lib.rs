@@ -18,6 +18,7 @@
 //! | [`reaper`] | the children that PID 1 is given |
 //! | [`signals`] | signals as a readable descriptor |
 //! | [`cgroup`] | where processes are in the tree of cgroup v2 |
+//! | [`unix`] | the kernel's list of unix sockets |
 //! | [`capability`], [`limits`] | what this process may do |
 #![allow(
     unsafe_code,
@@ -42,6 +43,7 @@ pub mod procfs;
 pub mod reaper;
 pub mod signals;
 pub mod socket;
+pub mod unix;
 
 use std::io;
 

@@ -5,9 +5,10 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
-    sockopt,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags,
+    SocketType, sockopt,
 };
 
 use crate::check;
@@ -90,6 +91,36 @@ pub fn is_reuseport(fd: BorrowedFd<'_>) -> io::Result<bool> {
 /// When the descriptor is no socket.
 pub fn is_listening(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(sockopt::socket_acceptconn(fd)?)
+}
+
+/// Whether it is a socket for datagrams: of internet sockets, UDP.
+///
+/// # Errors
+/// When the descriptor is no socket.
+pub fn is_datagram(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(sockopt::socket_type(fd)? == SocketType::DGRAM)
+}
+
+/// Datagrams that one call throws away at most: more than the largest buffer that the kernel gives by default holds.
+const DISCARD_MAX: u32 = 1 << 20;
+
+/// Throws away all datagrams that wait in a socket, and says how many there were. Does not wait for more.
+///
+/// # Errors
+/// When the descriptor is no socket.
+pub fn discard(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+    let mut discarded = 0;
+    for _ in 0..DISCARD_MAX {
+        match rustix::net::recv(fd, &mut [0_u8], flags) {
+            Ok(_) => discarded += 1,
+            Err(Errno::AGAIN) => break,
+            Err(error @ (Errno::BADF | Errno::NOTSOCK | Errno::INVAL)) => return Err(error.into()),
+            // What happened to something sent from there is told here once, before what waits.
+            Err(_) => {}
+        }
+    }
+    Ok(discarded)
 }
 
 /// The address an internet socket is bound to.

@@ -58,8 +58,12 @@ pub enum Cond {
 pub enum Op {
     /// Addition.
     Add = 0x00,
+    /// Multiplication.
+    Mul = 0x20,
     /// Shift left.
     Shl = 0x60,
+    /// Shift right, zeroes come in.
+    Shr = 0x70,
     /// Unsigned remainder; a zero divisor leaves the value as it is.
     Mod = 0x90,
     /// Copy.

@@ -5,12 +5,11 @@
 //!
 //! ```c
 //! int force(struct bpf_sock_addr *ctx) {
-//!     if (ctx->protocol == IPPROTO_TCP)
-//!         for (rule in rules)                                    // unrolled: addresses are part of the instructions
-//!             if (ctx->user_port == rule.port && ctx->user_ip == rule.ip) {
-//!                 bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
-//!                 break;
-//!             }
+//!     for (rule in rules)                                        // unrolled: addresses are part of the instructions
+//!         if (ctx->protocol == rule.protocol && ctx->user_port == rule.port && ctx->user_ip == rule.ip) {
+//!             bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
+//!             break;
+//!         }
 //!     return 1;                                                  // bind() goes on, whatever came of it
 //! }
 //! ```
@@ -18,10 +17,11 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::asm::{AsmError, Assembler, Cond, Op, Reg, Size};
+use super::asm::{AsmError, Assembler, Op, Reg, Size};
 use super::program::Program;
 use super::raw::{self, BpfError, Purpose};
-use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R10};
+use crate::diag::Protocol;
+use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
 
 // struct bpf_sock_addr
 const CTX_IP4: i16 = 4;
@@ -33,15 +33,18 @@ const HELPER_SETSOCKOPT: i32 = 49;
 /// On the stack.
 const ONE: i16 = -4;
 
-/// In the cgroup and all below it, every TCP socket that is bound to one of these addresses from now on has SO_REUSEPORT.
+/// A protocol and an address: what a socket must be of, and be bound to.
+pub type Rule = (Protocol, SocketAddr);
+
+/// In the cgroup and all below it, every socket that is bound as one of these rules says from now on has SO_REUSEPORT.
 /// `0.0.0.0` includes `[::]`: whether that leaves IPv4 alone can't be seen here. An IPv4 address includes its IPv6 form
 /// (`::ffff:127.0.0.1`). Takes the place of what an earlier call has set. It lasts as long as the cgroup.
 ///
 /// # Errors
 /// Without CAP_BPF and CAP_NET_ADMIN, or where a cgroup above has a program of this kind that must not be overridden.
-pub fn force_reuseport(cgroup: BorrowedFd<'_>, addresses: &[SocketAddr]) -> Result<(), BpfError> {
+pub fn force_reuseport(cgroup: BorrowedFd<'_>, rules: &[Rule]) -> Result<(), BpfError> {
     for (purpose, family) in [(raw::BIND_V4, Family::V4), (raw::BIND_V6, Family::V6)] {
-        force_family(cgroup, purpose, &family.build(addresses)?)?;
+        force_family(cgroup, purpose, &family.build(rules)?)?;
     }
     Ok(())
 }
@@ -86,20 +89,21 @@ impl Family {
         }
     }
 
-    fn build(self, addresses: &[SocketAddr]) -> Result<Program, AsmError> {
+    fn build(self, rules: &[Rule]) -> Result<Program, AsmError> {
         let mut asm = Assembler::new();
         asm.alu(Op::Mov, R6, R1);
-        asm.load(Size::Word, R1, R6, CTX_PROTOCOL);
-        asm.jump_if_imm(Cond::Ne, R1, libc::IPPROTO_TCP, "go on");
         asm.load(Size::Word, R7, R6, CTX_PORT);
-        let rules = addresses.iter().flat_map(|address| {
-            self.words(address.ip()).into_iter().map(|words| (u32::from(address.port().to_be()), words))
+        asm.load(Size::Word, R8, R6, CTX_PROTOCOL);
+        let rules = rules.iter().flat_map(|(protocol, address)| {
+            let port = u32::from(address.port().to_be());
+            self.words(address.ip()).into_iter().map(move |words| (*protocol as u32, port, words))
         });
         let mut has_rules = false;
-        for (port, words) in rules {
+        for (protocol, port, words) in rules {
             // Each word is a load and a comparison; a rule ends with the jump.
             let mut left = 2 * i16::try_from(words.len()).unwrap_or(0) + 1;
-            asm.skip_unless_word(R7, port, left);
+            asm.skip_unless_word(R7, port, left + 1);
+            asm.skip_unless_word(R8, protocol, left);
             for (offset, word) in (self.field()..).step_by(4).zip(words) {
                 left -= 2;
                 asm.load(Size::Word, R1, R6, offset);
@@ -108,7 +112,6 @@ impl Family {
             asm.jump("force");
             has_rules = true;
         }
-        asm.label("go on");
         asm.alu_imm(Op::Mov, R0, 1);
         asm.exit();
         // What nothing jumps to the kernel refuses.

@@ -5,10 +5,12 @@
 pub mod asm;
 pub mod bind;
 pub mod btf;
+pub mod flows;
 pub mod program;
 mod raw;
 pub mod steering;
 
+pub use flows::{FlowCounters, Flows};
 pub use raw::BpfError;
 pub use steering::{
     CAPACITY_DEFAULT, COUNTER_SLOTS, Counters, EbpfGroup, PLAN_RECORDS, Plan, Probe, RANGE_KEYS, RANGES_MAX,

@@ -3,7 +3,7 @@
 //! In C it would read:
 //!
 //! ```c
-//! int steer(struct sk_reuseport_md *ctx) {
+//! int steer(struct sk_reuseport_md *ctx) {                 // of TCP; for UDP see `flows`
 //!     if (!ctx->migrating_sk && probes[control[PROBE]] matches the SYN's source
 //!         && select(ctx, sockets, probe->key) == 0)
 //!         return SK_PASS;
@@ -12,7 +12,7 @@
 //!     if (none)                                    // stopping: new ones are refused, begun ones may move
 //!         return ctx->migrating_sk ? SK_PASS : SK_DROP;
 //!     for (range in first, then all in order)
-//!         for (key in range, starting at hash % count, wrapping around)
+//!         for (key in range, starting at (range->step ? cpu * range->step : hash) % count, wrapping around)
 //!             if (select(ctx, sockets, key) == 0) { count(range->counter); return SK_PASS; }
 //!     count(unsteered);
 //!     return SK_PASS;                              // nobody there: the kernel's own hash decides
@@ -41,8 +41,12 @@ pub const CONTROL_PLAN: u32 = 0;
 pub const CONTROL_PROBE: u32 = 1;
 /// Counter record for the group as a whole: first word refused, second word unsteered.
 pub const COUNTER_GROUP: u32 = 64;
+/// Counter record of flows: first word begun, second word overflow.
+pub const COUNTER_FLOWS: u32 = 65;
+/// Record of the window in which new entries of the flow table are counted: when it began, and how many there were.
+pub const COUNTER_WINDOW: u32 = 66;
 
-/// Bytes of one range: weight (u64), base, count, counter, padding.
+/// Bytes of one range: weight (u64), base, count, counter, step.
 pub const RANGE_BYTES: usize = 24;
 /// Bytes of a probe record: protocol, port, address (16), key, padding.
 pub const PROBE_BYTES: usize = 32;
@@ -53,6 +57,7 @@ const RANGE_WEIGHT: i16 = 0;
 const RANGE_BASE: i16 = 8;
 const RANGE_COUNT: i16 = 12;
 const RANGE_COUNTER: i16 = 16;
+const RANGE_STEP: i16 = 20;
 
 const PROBE_PROTOCOL: i16 = 0;
 const PROBE_PORT: i16 = 4;
@@ -68,6 +73,7 @@ const CTX_MIGRATING: i16 = 48;
 
 const HELPER_MAP_LOOKUP: i32 = 1;
 const HELPER_RANDOM: i32 = 7;
+const HELPER_CPU: i32 = 8;
 const HELPER_LOAD_BYTES_RELATIVE: i32 = 68;
 const HELPER_SELECT: i32 = 82;
 const HEADER_START_NET: i32 = 1;
@@ -78,6 +84,8 @@ const SK_PASS: i32 = 1;
 const KEY: i16 = -4;
 const COUNTER: i16 = -8;
 const ADDRESS: i16 = -24;
+/// Of a function that calls another again and again: where in the range to start.
+const START: i16 = -8;
 
 /// The program's maps, as descriptors of this process.
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +100,19 @@ pub struct Maps {
     pub counters: i32,
     /// ARRAY of probe records.
     pub probes: i32,
+    /// What makes it a program for UDP.
+    pub flows: Option<FlowMaps>,
+}
+
+/// The maps that remember flows.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowMaps {
+    /// LRU_HASH of flow records.
+    pub flows: i32,
+    /// Its entries.
+    pub table: u32,
+    /// ARRAY of owner records: the timeout, then one for each key.
+    pub owners: i32,
 }
 
 /// Instructions and the functions they make up.
@@ -116,9 +137,19 @@ pub fn eth_protocol(ipv6: bool) -> u32 {
 pub fn build(maps: &Maps) -> Result<Program, AsmError> {
     let mut asm = Assembler::new();
     asm.alu(Op::Mov, R6, R1);
-    probe(&mut asm, maps);
-    choose_range(&mut asm, maps);
-    try_ranges(&mut asm, maps);
+    match &maps.flows {
+        None => {
+            probe(&mut asm, maps);
+            choose_range(&mut asm, maps);
+            try_ranges(&mut asm, maps);
+        }
+        Some(table) => {
+            choose_range(&mut asm, maps);
+            flows::go_on(&mut asm, maps, table);
+            try_ranges(&mut asm, maps);
+            flows::begin(&mut asm, maps, table);
+        }
+    }
     ends(&mut asm, maps);
     let functions = functions(&mut asm, maps);
     Ok(Program { insns: asm.finish()?, functions })
@@ -126,19 +157,33 @@ pub fn build(maps: &Maps) -> Result<Program, AsmError> {
 
 /// R0 = address of `map[key on the stack]`; goes to `missing` when there is none.
 fn lookup(asm: &mut Assembler, map: i32, missing: &'static str) {
+    lookup_at(asm, map, KEY, missing);
+}
+
+/// The same with the key at this place of the stack.
+fn lookup_at(asm: &mut Assembler, map: i32, key: i16, missing: &'static str) {
     asm.load_map(R1, map);
-    asm.alu(Op::Mov, R2, R10);
-    asm.alu_imm(Op::Add, R2, i32::from(KEY));
+    stack_address(asm, R2, key);
     asm.call(HELPER_MAP_LOOKUP);
     asm.jump_if_imm(Cond::Eq, R0, 0, missing);
+}
+
+fn stack_address(asm: &mut Assembler, to: Reg, place: i16) {
+    asm.alu(Op::Mov, to, R10);
+    asm.alu_imm(Op::Add, to, i32::from(place));
+}
+
+/// The counter at R0 goes up by one.
+fn count(asm: &mut Assembler) {
+    asm.alu_imm(Op::Mov, R1, 1);
+    asm.atomic_add(R0, 0, R1);
 }
 
 /// R0 = result of selecting the socket under the key on the stack.
 fn select(asm: &mut Assembler, maps: &Maps) {
     asm.alu(Op::Mov, R1, R6);
     asm.load_map(R2, maps.sockets);
-    asm.alu(Op::Mov, R3, R10);
-    asm.alu_imm(Op::Add, R3, i32::from(KEY));
+    stack_address(asm, R3, KEY);
     asm.alu_imm(Op::Mov, R4, 0);
     asm.call(HELPER_SELECT);
 }
@@ -170,8 +215,7 @@ fn probe(asm: &mut Assembler, maps: &Maps) {
     asm.store_imm(Double, R10, ADDRESS, 0);
     asm.store_imm(Double, R10, ADDRESS + 8, 0);
     asm.alu(Op::Mov, R1, R6);
-    asm.alu(Op::Mov, R3, R10);
-    asm.alu_imm(Op::Add, R3, i32::from(ADDRESS));
+    stack_address(asm, R3, ADDRESS);
     asm.alu_imm(Op::Mov, R5, HEADER_START_NET);
     asm.jump_if_imm(Cond::Eq, R9, eth_protocol(true).cast_signed(), "ipv6");
     asm.alu_imm(Op::Mov, R2, 12);
@@ -205,8 +249,13 @@ fn choose_range(asm: &mut Assembler, maps: &Maps) {
     lookup(asm, maps.control, "unsteered");
     asm.load(Word, R8, R0, 0);
     asm.alu_imm(Op::Shl, R8, RANGES.ilog2().cast_signed());
-    asm.call(HELPER_RANDOM);
-    asm.alu(Op::Mov, R7, R0);
+    match maps.flows {
+        None => {
+            asm.call(HELPER_RANDOM);
+            asm.alu(Op::Mov, R7, R0);
+        }
+        Some(_) => flows::draw(asm),
+    }
     for index in 0..RANGES_I32 {
         lookup_range(asm, maps, index);
         asm.load(Double, R1, R0, RANGE_WEIGHT);
@@ -240,51 +289,73 @@ fn try_range(asm: &mut Assembler) {
     asm.alu(Op::Mov, R1, R6);
     asm.load(Word, R2, R0, RANGE_BASE);
     asm.load(Word, R3, R0, RANGE_COUNT);
+    asm.load(Word, R4, R0, RANGE_STEP);
     asm.call_function("range");
-    asm.jump_if_imm(Cond::Eq, R0, 0, "found");
+    asm.jump_if_imm(Cond::Ne, R0, 0, "selected");
 }
 
-/// `range(ctx, base, count)`, `keys(ctx, base, count, tried)` and `key(ctx, base, count, tried)`: 0 when a listener
-/// was selected. They try all keys of a range, 32 of them, and one.
+/// `range(ctx, base, count, step)`, `keys(ctx, base, count, start, tried)` and `key(ctx, base, count, start, tried)`: 0, or
+/// one more than the key whose listener was selected. They try all keys of a range, 32 of them, and one.
 fn functions(asm: &mut Assembler, maps: &Maps) -> Vec<Function> {
     let mut functions = vec![Function { name: "steer", offset: 0, numbers: 0 }];
     let mut begin = |asm: &mut Assembler, name, numbers| {
         functions.push(Function { name, offset: asm.offset(), numbers });
         asm.label(name);
     };
-    begin(asm, "range", 2);
-    asm.alu_imm(Op::Mov, R4, 0);
+    begin(asm, "range", 3);
+    keep_arguments(asm);
+    asm.alu(Op::Mov, R9, R4);
+    asm.load(Word, R0, R6, CTX_HASH);
+    asm.jump_if_imm(Cond::Eq, R9, 0, "start");
+    asm.call(HELPER_CPU);
+    asm.alu(Op::Mul, R0, R9);
+    asm.label("start");
+    asm.store(Double, R10, START, R0);
+    asm.alu_imm(Op::Mov, R9, 0);
     repeat(asm, "keys", 32, "range ends");
-    begin(asm, "keys", 3);
+
+    begin(asm, "keys", 4);
+    keep_arguments(asm);
+    asm.store(Double, R10, START, R4);
+    asm.alu(Op::Mov, R9, R5);
     repeat(asm, "key", 1, "keys end");
 
-    begin(asm, "key", 3);
+    begin(asm, "key", 4);
     asm.alu(Op::Mov, R6, R1);
-    asm.load(Word, R5, R6, CTX_HASH);
     asm.alu(Op::Add, R4, R5);
     asm.alu(Op::Mod, R4, R3);
     asm.alu(Op::Add, R2, R4);
     asm.store(Word, R10, KEY, R2);
     select(asm, maps);
+    asm.jump_if_imm(Cond::Ne, R0, 0, "nobody");
+    asm.load(Word, R0, R10, KEY);
+    asm.alu_imm(Op::Add, R0, 1);
+    asm.exit();
+    asm.label("nobody");
+    asm.alu_imm(Op::Mov, R0, 0);
     asm.exit();
     functions
 }
 
-/// The body of a function that calls another 32 times with `tried` growing by `step`, while the range has more keys.
-fn repeat(asm: &mut Assembler, function: &'static str, step: i32, way_out: &'static str) {
-    let arguments = [(R1, R6), (R2, R7), (R3, R8), (R4, R9)];
-    for (argument, kept) in arguments {
+/// What a function that calls others was given and goes on giving: R6 = context, R7 = base, R8 = count.
+fn keep_arguments(asm: &mut Assembler) {
+    for (kept, argument) in [(R6, R1), (R7, R2), (R8, R3)] {
         asm.alu(Op::Mov, kept, argument);
     }
+}
+
+/// The rest of a function that calls another 32 times with `tried` (R9) growing by `step`, while the range has more keys.
+fn repeat(asm: &mut Assembler, function: &'static str, step: i32, way_out: &'static str) {
     // What is returned if the range has no keys at all.
-    asm.alu_imm(Op::Mov, R0, 1);
+    asm.alu_imm(Op::Mov, R0, 0);
     for _ in 0..32 {
         asm.jump_if(Cond::Ge, R9, R8, way_out);
-        for (argument, kept) in arguments {
+        for (argument, kept) in [(R1, R6), (R2, R7), (R3, R8), (R5, R9)] {
             asm.alu(Op::Mov, argument, kept);
         }
+        asm.load(Double, R4, R10, START);
         asm.call_function(function);
-        asm.jump_if_imm(Cond::Eq, R0, 0, way_out);
+        asm.jump_if_imm(Cond::Ne, R0, 0, way_out);
         asm.alu_imm(Op::Add, R9, step);
     }
     asm.label(way_out);
@@ -293,18 +364,22 @@ fn repeat(asm: &mut Assembler, function: &'static str, step: i32, way_out: &'sta
 
 /// The ends of the program. R9 is the verdict from here on.
 fn ends(asm: &mut Assembler, maps: &Maps) {
+    let is_tcp = maps.flows.is_none();
+    if is_tcp {
+        asm.label("selected");
+    }
     asm.label("found");
     asm.alu_imm(Op::Mov, R9, SK_PASS);
     asm.load(Word, R1, R10, COUNTER);
     asm.store(Word, R10, KEY, R1);
     lookup(asm, maps.counters, "exit");
-    asm.load(Double, R1, R6, CTX_MIGRATING);
-    asm.jump_if_imm(Cond::Eq, R1, 0, "count");
-    asm.label("count second");
-    asm.alu_imm(Op::Add, R0, 8);
+    if is_tcp {
+        asm.load(Double, R1, R6, CTX_MIGRATING);
+        asm.jump_if_imm(Cond::Eq, R1, 0, "count");
+        asm.alu_imm(Op::Add, R0, 8);
+    }
     asm.label("count");
-    asm.alu_imm(Op::Mov, R1, 1);
-    asm.atomic_add(R0, 0, R1);
+    count(asm);
     asm.label("exit");
     asm.alu(Op::Mov, R0, R9);
     asm.exit();
@@ -313,17 +388,22 @@ fn ends(asm: &mut Assembler, maps: &Maps) {
     asm.alu_imm(Op::Mov, R9, SK_PASS);
     asm.store_imm(Word, R10, KEY, COUNTER_GROUP.cast_signed());
     lookup(asm, maps.counters, "exit");
-    asm.jump("count second");
+    asm.alu_imm(Op::Add, R0, 8);
+    asm.jump("count");
 
     asm.label("closed");
-    // What has begun may still move to a listener that is open: the kernel chooses one.
-    asm.load(Double, R1, R6, CTX_MIGRATING);
-    asm.jump_if_imm(Cond::Ne, R1, 0, "unsteered");
+    if is_tcp {
+        // What has begun may still move to a listener that is open: the kernel chooses one.
+        asm.load(Double, R1, R6, CTX_MIGRATING);
+        asm.jump_if_imm(Cond::Ne, R1, 0, "unsteered");
+    }
     asm.alu_imm(Op::Mov, R9, SK_DROP);
     asm.store_imm(Word, R10, KEY, COUNTER_GROUP.cast_signed());
     lookup(asm, maps.counters, "exit");
     asm.jump("count");
 }
+
+pub mod flows;
 
 #[cfg(test)]
 mod tests;

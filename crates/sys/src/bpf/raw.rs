@@ -73,6 +73,9 @@ pub enum BpfError {
     /// The program could not be attached to the listener's group.
     #[error("cannot attach the steering program to the listener's group: {0}")]
     Attach(#[source] io::Error),
+    /// A descriptor could not be duplicated.
+    #[error("cannot duplicate the descriptor of a BPF map: {0}; raise LimitNOFILE=")]
+    Duplicate(#[source] io::Error),
     /// A plan, key or capacity that the maps have no room for.
     #[error("{0}")]
     Invalid(String),
@@ -89,7 +92,7 @@ impl BpfError {
             | BpfError::AttachBind { source }
             | BpfError::Examine { source, .. }
             | BpfError::Entry { source, .. } => source.raw_os_error(),
-            BpfError::Attach(source) => source.raw_os_error(),
+            BpfError::Attach(source) | BpfError::Duplicate(source) => source.raw_os_error(),
             BpfError::Assemble(_) | BpfError::Invalid(_) => None,
         }
     }
@@ -126,6 +129,7 @@ fn show_log(log: &str) -> String {
 #[repr(u32)]
 pub(super) enum MapType {
     Array = 2,
+    LruHash = 9,
     ReuseportSockarray = 20,
 }
 
@@ -267,17 +271,18 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// Creates a map with u32 keys. The descriptor is close-on-exec, as the kernel makes it.
+/// Creates a map; entries are read and written here only in those with u32 keys. The descriptor is close-on-exec, as the
+/// kernel makes it.
 pub(super) fn create_map(
     kind: MapType,
     name: &'static str,
-    value_size: u32,
+    (key_size, value_size): (u32, u32),
     max_entries: u32,
 ) -> Result<OwnedFd, BpfError> {
     let map_name = short_name(name);
     let mut attr = CreateAttr {
         map_type: kind as u32,
-        key_size: 4,
+        key_size,
         value_size,
         max_entries,
         map_name,

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use super::flows::{FlowCounters, Flows};
 use super::program::{
-    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_GROUP, Maps, PROBE_BYTES, RANGE_BYTES,
-    RANGE_KEYS_MAX,
+    self, CONTROL_PLAN, CONTROL_PROBE, COUNTER_BYTES, COUNTER_FLOWS, COUNTER_GROUP, COUNTER_WINDOW, Maps,
+    PROBE_BYTES, RANGE_BYTES, RANGE_KEYS_MAX,
 };
 use super::raw::{self, BpfError, MapType};
 use crate::socket;
@@ -29,8 +30,8 @@ const PROBE_RECORDS: u32 = 3;
 /// A block of keys that gets a share of the new connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
-    /// The range is chosen when a random u32 is below this (ranges are asked in order); the last range of a
-    /// plan catches all.
+    /// The range is chosen when a random u32, or one made of the flow (UDP), is below this (ranges are asked in order); the
+    /// last range of a plan catches all.
     pub weight_below: u32,
     /// First key.
     pub base: u32,
@@ -38,6 +39,9 @@ pub struct Range {
     pub count: u32,
     /// Counter slot, below [`COUNTER_SLOTS`].
     pub counter: u32,
+    /// Where the search begins: 0 by the hash of addresses and ports, otherwise at the processor's number times this,
+    /// which is the number of keys to a seat. Both modulo `count`.
+    pub step: u32,
 }
 
 /// Where connections go: immutable once it is in force. Without ranges new connections are refused at once.
@@ -59,7 +63,7 @@ pub struct Probe {
 /// What a range's listeners were given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// New connections.
+    /// New connections; of UDP new flows, or, while none are remembered, datagrams.
     pub new: u64,
     /// Connections and half-open handshakes moved here from a listener that closed.
     pub migrated: u64,
@@ -68,9 +72,9 @@ pub struct Counters {
 /// What happened to connections that no range took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GroupCounters {
-    /// New connections refused because the plan in force has no ranges.
+    /// New connections (datagrams) refused because the plan in force has no ranges.
     pub refused: u64,
-    /// Connections left to the kernel's own hash: no key of the plan held a listener.
+    /// Connections (datagrams) left to the kernel's own hash: no key of the plan held a listener.
     pub unsteered: u64,
 }
 
@@ -86,29 +90,42 @@ pub struct EbpfGroup {
 }
 
 impl EbpfGroup {
-    /// Creates the maps and loads the program. Nothing is attached and the last plan record, which is empty, is in
-    /// force: write and select a plan before [`attach`](EbpfGroup::attach), or new connections are refused.
+    /// Creates the maps and loads the program: for TCP, or for UDP if flows are given. Nothing is attached and the last plan
+    /// record, which is empty, is in force: write and select a plan before [`attach`](EbpfGroup::attach), or new connections
+    /// are refused.
     ///
     /// # Errors
     /// Without CAP_BPF, or when the kernel's verifier refuses the program (its log is in the error).
-    pub fn new(capacity: u32) -> Result<EbpfGroup, BpfError> {
-        let sockets = raw::create_map(MapType::ReuseportSockarray, "rupd_sockets", 8, capacity)?;
-        let plans = raw::create_map(MapType::Array, "rupd_plans", bytes(RANGE_BYTES), PLAN_RECORDS * RANGES)?;
-        let control = raw::create_map(MapType::Array, "rupd_control", 4, 2)?;
-        let counters =
-            raw::create_map(MapType::Array, "rupd_counters", bytes(COUNTER_BYTES), COUNTER_SLOTS + 1)?;
-        let probes = raw::create_map(MapType::Array, "rupd_probes", bytes(PROBE_BYTES), PROBE_RECORDS)?;
-        let program = program::build(&Maps {
-            sockets: sockets.as_raw_fd(),
-            plans: plans.as_raw_fd(),
-            control: control.as_raw_fd(),
-            counters: counters.as_raw_fd(),
-            probes: probes.as_raw_fd(),
-        })?;
-        let program = raw::load_program("rupd_steer", raw::STEER, &program)?;
-        let group = EbpfGroup { sockets, plans, control, counters, probes, program };
+    pub fn new(capacity: u32, flows: Option<&Flows>) -> Result<EbpfGroup, BpfError> {
+        let array = |name, value, entries| raw::create_map(MapType::Array, name, (4, bytes(value)), entries);
+        let sockets = raw::create_map(MapType::ReuseportSockarray, "rupd_sockets", (4, 8), capacity)?;
+        let plans = array("rupd_plans", RANGE_BYTES, PLAN_RECORDS * RANGES)?;
+        let control = array("rupd_control", 4, 2)?;
+        let counters = array("rupd_counters", COUNTER_BYTES, COUNTER_WINDOW + 1)?;
+        let probes = array("rupd_probes", PROBE_BYTES, PROBE_RECORDS)?;
+        let group = EbpfGroup::with_program([sockets, plans, control, counters, probes], flows)?;
         group.select(PLAN_RECORDS - 1)?;
         Ok(group)
+    }
+
+    fn with_program(maps: [OwnedFd; 5], flows: Option<&Flows>) -> Result<EbpfGroup, BpfError> {
+        let flows = flows.map(Flows::maps).transpose()?;
+        let [sockets, plans, control, counters, probes] = maps.each_ref().map(AsRawFd::as_raw_fd);
+        let program = program::build(&Maps { sockets, plans, control, counters, probes, flows })?;
+        let program = raw::load_program("rupd_steer", raw::STEER, &program)?;
+        let [sockets, plans, control, counters, probes] = maps;
+        Ok(EbpfGroup { sockets, plans, control, counters, probes, program })
+    }
+
+    /// The same group with a program that remembers flows there, for a table of another size: what is known of flows is
+    /// forgotten as soon as it is [attached](EbpfGroup::attach). Listeners, plans and counters are shared with this one.
+    ///
+    /// # Errors
+    /// As for [`new`](EbpfGroup::new), or when descriptors run out.
+    pub fn with_flows(&self, flows: &Flows) -> Result<EbpfGroup, BpfError> {
+        let [sockets, plans, control, counters, probes, _] =
+            self.fds().map(|fd| fd.try_clone_to_owned().map_err(BpfError::Duplicate));
+        EbpfGroup::with_program([sockets?, plans?, control?, counters?, probes?], Some(flows))
     }
 
     /// Takes over a group whose descriptors were carried through exec or fetched back, in the order of
@@ -276,6 +293,15 @@ impl EbpfGroup {
         Ok(GroupCounters { refused, unsteered })
     }
 
+    /// What happened to flows, since the group was made. Only of UDP.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn flow_counters(&self) -> Result<FlowCounters, BpfError> {
+        let [begun, overflow] = self.read_counters(COUNTER_FLOWS)?;
+        Ok(FlowCounters { begun, overflow })
+    }
+
     /// Sets a counter slot to zero. Counts of connections arriving at this very moment may be lost, so clear
     /// a slot only while no plan in force names it.
     ///
@@ -304,11 +330,15 @@ impl EbpfGroup {
     }
 }
 
-fn bytes(size: usize) -> u32 {
+pub(super) fn bytes(size: usize) -> u32 {
     u32::try_from(size).unwrap_or(u32::MAX)
 }
 
-fn entry(map: &'static str, action: &'static str, key: u32) -> impl FnOnce(std::io::Error) -> BpfError {
+pub(super) fn entry(
+    map: &'static str,
+    action: &'static str,
+    key: u32,
+) -> impl FnOnce(std::io::Error) -> BpfError {
     move |source| BpfError::Entry { map, action, key, source }
 }
 
@@ -332,7 +362,8 @@ pub(super) fn encode_plan(plan: &Plan) -> Result<[[u8; RANGE_BYTES]; RANGES_MAX]
         // The last one catches all: its weight is beyond any random u32.
         let weight = if index + 1 == number { 1 << 32 } else { u64::from(range.weight_below) };
         record[..8].copy_from_slice(&weight.to_ne_bytes());
-        record[8..].copy_from_slice(&encode::<16>([range.base, range.count, range.counter].into_iter()));
+        let words = [range.base, range.count, range.counter, range.step];
+        record[8..].copy_from_slice(&encode::<16>(words.into_iter()));
     }
     Ok(records)
 }

@@ -7,8 +7,9 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use reuseportd_sys::bpf::bind::force_reuseport;
+use reuseportd_sys::bpf::bind::{Rule, force_reuseport};
 use reuseportd_sys::cgroup;
+use reuseportd_sys::diag::Protocol;
 use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::pidfd;
 use socket2::{Domain, Socket, Type};
@@ -31,8 +32,12 @@ impl Cgroup {
     }
 
     fn force(&self, addresses: &[&str]) {
-        let addresses: Vec<SocketAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
-        force_reuseport(File::open(&self.0).unwrap().as_fd(), &addresses).unwrap();
+        let rule = |address: &&str| match address.strip_prefix("udp ") {
+            Some(address) => (Protocol::Udp, address.parse().unwrap()),
+            None => (Protocol::Tcp, address.parse().unwrap()),
+        };
+        let rules: Vec<Rule> = addresses.iter().map(rule).collect();
+        force_reuseport(File::open(&self.0).unwrap().as_fd(), &rules).unwrap();
     }
 
     fn procs(&self) -> File {
@@ -76,6 +81,14 @@ fn inside(addresses: &str) {
         (Type::STREAM, "[::]:8080", false),
         (Type::STREAM, "127.0.0.1:8081", false),
         (Type::DGRAM, "127.0.0.1:8080", false),
+        (Type::DGRAM, "127.0.0.1:8053", true),
+        (Type::DGRAM, "[::ffff:127.0.0.1]:8053", true),
+        (Type::DGRAM, "127.0.0.2:8053", false),
+        (Type::STREAM, "127.0.0.1:8053", false),
+        (Type::DGRAM, "[::1]:8054", true),
+        (Type::DGRAM, "127.0.0.1:8090", false),
+        (Type::DGRAM, "127.0.0.1:8055", true),
+        (Type::STREAM, "127.0.0.1:8055", true),
         (Type::STREAM, "0.0.0.0:8090", true),
         (Type::STREAM, "[::]:8090", true),
         (Type::STREAM, "[::ffff:0.0.0.0]:8090", true),
@@ -121,7 +134,8 @@ fn sockets_bound_to_the_addresses_have_it_and_no_others() {
             return inside(&path);
         }
         let place = Cgroup::new("addresses");
-        place.force(&["127.0.0.1:8080", "0.0.0.0:8090", "[::1]:9000", "255.255.255.255:65535"]);
+        let tcp = ["127.0.0.1:8080", "0.0.0.0:8090", "[::1]:9000", "255.255.255.255:65535", "127.0.0.1:8055"];
+        place.force(&[&tcp[..], &["udp 127.0.0.1:8053", "udp [::1]:8054", "udp 127.0.0.1:8055"]].concat());
         let name = "bind::sockets_bound_to_the_addresses_have_it_and_no_others";
         let mut alone = Command::new(std::env::current_exe().unwrap());
         let output = alone.args(["--exact", name, "--nocapture"]).env(ALONE, &place.0).output().unwrap();

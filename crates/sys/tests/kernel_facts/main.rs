@@ -7,10 +7,13 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests themselves")]
 
 mod bind;
+mod datagrams;
+mod flows;
 mod handover;
 mod image;
 mod overlap;
 mod process;
+mod processors;
 mod slots;
 mod steering;
 mod strangers;

@@ -3,13 +3,17 @@
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 
-use reuseportd_sys::cbpf::{Share, attach_slots, detach, has_rcu_fix};
+use reuseportd_sys::cbpf::{Pick, Share, attach_slots, detach, has_rcu_fix};
 use reuseportd_sys::socket;
 
 use crate::world::*;
 
+fn share(weight_below: u32, slots: &[u16]) -> Share {
+    Share { weight_below, slots: slots.to_vec(), pick: Pick::Hash }
+}
+
 fn steer(listener: &TcpListener, slots: &[u16]) {
-    attach_slots(fd(listener), &[Share { weight_below: 0, slots: slots.to_vec() }]).unwrap();
+    attach_slots(fd(listener), &[share(0, slots)]).unwrap();
 }
 
 /// Which listener is in the slot.
@@ -95,8 +99,7 @@ fn a6_a_share_may_name_scattered_slots_and_weights_hold() {
         let depths = try_spread(address, &listeners, 300);
         assert_eq!((depths[1], depths[4]), (0, 0), "{depths:?}");
         assert!([0, 2, 3].iter().all(|&slot| depths[slot] > 60), "{depths:?}");
-        let quarter = Share { weight_below: 1 << 30, slots: vec![1] };
-        attach_slots(fd(&listeners[0]), &[quarter, Share { weight_below: 0, slots: vec![4] }]).unwrap();
+        attach_slots(fd(&listeners[0]), &[share(1 << 30, &[1]), share(0, &[4])]).unwrap();
         let depths = try_spread(address, &listeners, 400);
         assert_eq!(depths[1] + depths[4], 400);
         assert!((60..140).contains(&depths[1]), "a quarter of 400 went astray: {depths:?}");
@@ -111,8 +114,7 @@ fn a7_a_program_of_scattered_slots_is_accepted_whole() {
         steer(&listeners[0], &slots);
         assert_eq!(try_spread(address, &listeners, 50), [50]);
         let too_many: Vec<u16> = (0..4000).map(|slot| slot * 2).collect();
-        let error =
-            attach_slots(fd(&listeners[0]), &[Share { weight_below: 0, slots: too_many }]).unwrap_err();
+        let error = attach_slots(fd(&listeners[0]), &[share(0, &too_many)]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
     });
 }

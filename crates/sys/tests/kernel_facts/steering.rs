@@ -14,7 +14,7 @@ use crate::world::*;
 fn the_verifier_accepts_the_program_quickly() {
     with(&[Need::Bpf], || {
         let start = Instant::now();
-        let group = EbpfGroup::new(8192).unwrap_or_else(|error| panic!("{error}"));
+        let group = EbpfGroup::new(8192, None).unwrap_or_else(|error| panic!("{error}"));
         let spent = start.elapsed();
         let _ = writeln!(std::io::stderr(), "maps and program loaded in {spent:?}");
         assert!(spent.as_millis() < 100, "{spent:?}");
@@ -272,7 +272,7 @@ fn steering_outlives_its_descriptors_and_can_be_taken_over() {
         assert_eq!(try_spread(address, &listeners, 20), [0, 20]);
         assert_eq!(queued(&late), 0);
         // Nobody can switch any more: the dead master's array still has the listeners.
-        let second = EbpfGroup::new(16).unwrap();
+        let second = EbpfGroup::new(16, None).unwrap();
         let busy = second.admit(0, fd(&listeners[0])).unwrap_err();
         assert_eq!(busy.errno(), Some(libc::EBUSY), "{busy}");
     });
@@ -283,7 +283,7 @@ fn a_group_whose_maps_are_lost_can_be_taken_over() {
     with(&[Need::Bpf], || {
         let (address, listeners) = group(V4, 3);
         drop(steered(&listeners, 0..1));
-        let next = EbpfGroup::new(16).unwrap();
+        let next = EbpfGroup::new(16, None).unwrap();
         next.write_plan(0, &Plan { ranges: vec![range(4, 1, 0)] }).unwrap();
         next.select(0).unwrap();
         let is_busy = |result: Result<(), BpfError>| match result {
@@ -325,7 +325,7 @@ fn a_listener_is_admitted_again_or_moved_to_another_key() {
         steer.admit(8191, fd(&listeners[1])).unwrap();
         steer.admit(0, fd(&listeners[1])).unwrap();
         assert_eq!([at(0), at(1), at(8191)], [cookie(1), cookie(0), None]);
-        let elsewhere = EbpfGroup::new(16).unwrap();
+        let elsewhere = EbpfGroup::new(16, None).unwrap();
         assert_eq!(elsewhere.admit(0, fd(&listeners[0])).unwrap_err().errno(), Some(libc::EBUSY));
     });
 }

@@ -178,12 +178,12 @@ pub(crate) fn defer_accept(listener: &TcpListener) {
 
 /// A range that gets what no range before it got.
 pub(crate) fn range(base: u32, count: u32, counter: u32) -> Range {
-    Range { weight_below: 0, base, count, counter }
+    Range { weight_below: 0, base, count, counter, step: 0 }
 }
 
 /// A steered group: listener i under key i, plan 0 = the keys of `keys`, counter slot 0.
 pub(crate) fn steered(listeners: &[TcpListener], keys: std::ops::Range<u32>) -> EbpfGroup {
-    let group = EbpfGroup::new(8192).unwrap_or_else(|error| panic!("{error}"));
+    let group = EbpfGroup::new(8192, None).unwrap_or_else(|error| panic!("{error}"));
     group.write_plan(0, &Plan { ranges: vec![range(keys.start, keys.end - keys.start, 0)] }).unwrap();
     group.select(0).unwrap();
     for (key, listener) in (0..).zip(listeners) {
