@@ -61,7 +61,7 @@ impl Master {
         slots: &[(GroupId, Vec<u64>)],
     ) {
         self.generation_last = self.generation_last.max(generation.0);
-        self.open_groups(&plan.groups);
+        self.open_groups(&plan);
         // Sockets of seats are no more than theirs: the next generation gets its own.
         let mut record =
             GenerationRecord::new(Plan { seat_groups: Vec::new(), configured: plan.workers, ..plan });
@@ -120,6 +120,7 @@ impl Master {
     /// Clients went with the old master.
     fn forget_callers(&mut self) {
         self.generations.values_mut().for_each(|record| record.waiting.clear());
+        self.generations.values_mut().for_each(|record| record.discarding = 0);
         let places = self.generations.values_mut().flat_map(|record| &mut record.seats);
         let waiting = places.map(|place| &mut place.waiting);
         let waiting = waiting.chain(self.retirements.values_mut().map(|retirement| &mut retirement.waiting));
@@ -136,12 +137,13 @@ impl Master {
     fn handle_lost(&mut self, id: ListenerId) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         listener.handle = false;
-        let listener = &*listener;
+        let Some(listener) = self.listeners.get(&id) else { return };
         let (owner, listens) = (listener.worker, listener.listens);
         let worker = self.workers.get(&owner);
         let is_spare = match self.engine {
             Engine::Ebpf => {
-                !listener.of_seat && worker.is_some_and(|w| w.kind == Some(WorkerKind::Unmodified))
+                let is_held = listener.of_seat || self.takes_datagrams(listener.group);
+                !is_held && worker.is_some_and(|w| w.kind == Some(WorkerKind::Unmodified))
             }
             Engine::Cbpf => false,
             Engine::None => !listener.of_seat && worker.is_some() && listens,

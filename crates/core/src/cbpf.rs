@@ -2,10 +2,10 @@
 //! one that moves into its slot.
 
 use crate::command::{Command, Order, Share};
-use crate::group::{After, Group, InForce, Work};
-use crate::id::{GroupId, ListenerId};
+use crate::group::{After, Group, InForce, Listener, Work};
+use crate::id::{Generation, GroupId, ListenerId};
 use crate::master::Master;
-use crate::plan::Engine;
+use crate::plan::{Engine, Policy};
 use crate::steer::RETRY;
 use crate::timers::Timer;
 use crate::worker::{Worker, WorkerKind};
@@ -25,8 +25,12 @@ impl Master {
                 .filter_map(|listener| group.slots.of(*listener))
                 .collect();
             slots.sort_unstable();
+            let policy = self.generations.get(generation).map(|r| r.plan.policy).unwrap_or_default();
+            if policy == Policy::Cpu {
+                slots = self.by_seat(id, *generation, &slots);
+            }
             if !slots.is_empty() {
-                shares.push(Share { weight: *weight, slots });
+                shares.push(Share { weight: *weight, slots, policy });
             }
         }
         // Alone it gets all there is.
@@ -34,6 +38,22 @@ impl Master {
             share.weight = 1000;
         }
         shares
+    }
+
+    /// One of these slots for each seat of a generation: its own, or where it has none another one's.
+    fn by_seat(&self, id: GroupId, generation: Generation, slots: &[u16]) -> Vec<u16> {
+        let Some(group) = self.groups.get(&id) else { return Vec::new() };
+        let seat_of = |slot: &u16| {
+            let is_there = |(id, _): &(&ListenerId, &Listener)| group.slots.of(**id) == Some(*slot);
+            self.listeners.iter().find(is_there).map(|(_, listener)| listener.seat)
+        };
+        let seated: Vec<_> = slots.iter().filter_map(|slot| Some((seat_of(slot)?, *slot))).collect();
+        let (first, end) = self.seats_in_use(generation);
+        let slot_of = |seat: u16| {
+            let own = seated.iter().find(|(of, _)| of.0 == seat).map(|(_, slot)| *slot);
+            own.or_else(|| slots.get(usize::from(seat) % slots.len().max(1)).copied())
+        };
+        (first..end).filter_map(slot_of).collect()
     }
 
     /// With nobody to choose, the program in force stays: clients wait in a dead worker's queue for the next one.
@@ -64,7 +84,8 @@ impl Master {
     /// Releases a listener, the survey being fresh: leftovers first, then steering off the listener that will move.
     pub(crate) fn release_slot(&mut self, id: GroupId, leaving: ListenerId) {
         let Some(listener) = self.listeners.get(&leaving) else { return self.work(id, Work::Idle) };
-        let queued = if listener.gone { 0 } else { listener.depth.map_or(0, |depth| depth.queued) };
+        let has_queue = !listener.gone && !self.takes_datagrams(id);
+        let queued = listener.depth.filter(|_| has_queue).map_or(0, |depth| depth.queued);
         if queued > 0 && self.leave_to_sibling(id, leaving) {
             return;
         }
@@ -118,9 +139,10 @@ impl Master {
     /// An unmodified worker that starts may begin to listen at any moment: just before a listener leaves it would be the one
     /// that moves, just after it the last, and nothing would tell the one from the other.
     pub(crate) fn may_be_joined(&self, id: GroupId) -> bool {
+        // What takes datagrams joins by `bind()`, which all workers call for themselves.
         let is_handover = |generation| {
             let mut of_it = self.workers.values().filter(|worker| worker.generation == generation);
-            of_it.any(|worker| worker.kind == Some(WorkerKind::Handover))
+            !self.takes_datagrams(id) && of_it.any(|worker| worker.kind == Some(WorkerKind::Handover))
         };
         let may_join = |worker: &Worker| {
             let plan = self.generations.get(&worker.generation).map(|record| &record.plan);
@@ -137,11 +159,17 @@ impl Master {
         }
         self.forget_listener(leaving);
         self.outdate_looks(id);
+        self.save();
+        let is_datagram = self.takes_datagrams(id);
         if let Some(group) = self.groups.get_mut(&id) {
+            // It can't be shut down: whoever still has it keeps it in its slot.
+            if is_datagram {
+                group.released = group.slots.cookie_of(leaving);
+                return self.survey(id, After::Steer);
+            }
             group.slots.remove(leaving);
             group.work = Work::Idle;
         }
-        self.save();
         // At once, without another look: until the kernel is told, its program may name a slot that is no more.
         self.steer_slots(id);
     }

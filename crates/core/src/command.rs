@@ -2,6 +2,7 @@
 
 use crate::event::{CheckFailure, Exit, Problem, Trigger};
 use crate::id::{Generation, GroupId, ListenerId, Seat, Ticket, WorkerId};
+use crate::plan::Policy;
 use crate::receipt::{Phase, Receipt};
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -124,6 +125,15 @@ pub enum Command {
         /// Call `shutdown(SHUT_RD)` first.
         shutdown: bool,
     },
+    /// Read and throw away the datagrams that wait in a socket nobody reads any more, and count them. Answer: `Discarded`.
+    Discard {
+        /// Which.
+        listener: ListenerId,
+        /// In which group.
+        group: GroupId,
+        /// Whose.
+        generation: Generation,
+    },
     /// Look at a group in the kernel. Answer: `Observed`.
     Observe {
         /// Which.
@@ -218,6 +228,9 @@ pub struct Range {
     pub base: u32,
     /// Keys, holes included.
     pub count: u32,
+    /// Keys to a seat, where the seat is chosen by the processor; 0: any key, by hash.
+    #[serde(default)]
+    pub step: u32,
 }
 
 /// A set of slots with its part of the new connections.
@@ -225,8 +238,11 @@ pub struct Range {
 pub struct Share {
     /// Relative to the sum of all.
     pub weight: u16,
-    /// Ascending.
+    /// Ascending; by processor: those of the seats, one after the other.
     pub slots: Vec<u16>,
+    /// How one of them is chosen.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 /// An order on the handover channel.
@@ -316,6 +332,8 @@ pub enum Report {
     LeftoversTaken(ListenerId, u32),
     /// So many connections of a listener had no one to go to.
     LeftoversLost(ListenerId, u32),
+    /// So many datagrams waited in a socket of this group whose worker was gone, or killed.
+    DatagramsLost(GroupId, u32),
     /// Several sockets left a group unasked: who sits in which slot is a guess now.
     SlotsUnsure(GroupId),
     /// The kernel refused to steer; tried again soon.

@@ -6,7 +6,7 @@ use crate::generation::GenerationState;
 use crate::group::{After, InForce, Listener, Work};
 use crate::id::{Generation, GroupId, ListenerId};
 use crate::master::{ANCHOR_PERIOD, Master};
-use crate::plan::Engine;
+use crate::plan::{Engine, Policy};
 use crate::slots::{KeyRange, Keys};
 use crate::timers::Timer;
 use crate::worker::{WorkerKind, WorkerState};
@@ -26,11 +26,13 @@ impl Master {
                 return;
             };
             let (first, end) = self.seats_in_use(*generation);
+            let policy = self.generations.get(generation).map(|r| r.plan.policy).unwrap_or_default();
             ranges.push(Range {
                 generation: *generation,
                 weight: *weight,
                 base: keys.base + u32::from(first) * keys.stride,
                 count: u32::from(end - first) * keys.stride,
+                step: if policy == Policy::Cpu { keys.stride } else { 0 },
             });
         }
         // The way back is to be one write, too.
@@ -71,8 +73,8 @@ impl Master {
         if self.engine == Engine::Ebpf {
             self.keep_keys(id);
             self.evict_dead(id);
-            self.keep_anchor(id);
         }
+        self.keep_anchor(id);
     }
 
     pub(crate) fn put_in_force(&mut self, id: GroupId, wanted: InForce, after: After) {
@@ -167,7 +169,7 @@ impl Master {
         }
         let Some(group) = self.groups.get(&id) else { return };
         // Of a generation that is not chosen at all the keys may stay.
-        let is_away = |l: &Listener| group.wants(l.generation) && self.retires(l);
+        let is_away = |l: &Listener| group.wants(l.generation) && self.retires(l) && !self.has_flows(l);
         let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l) || is_away(l));
         let dead: Vec<ListenerId> =
             self.listeners.iter().filter(|(_, l)| dead(l)).map(|(id, _)| *id).collect();
@@ -194,8 +196,8 @@ impl Master {
     /// Keeps exactly one handle per group of unmodified workers: with none the group could get empty and refuse,
     /// with more a dead worker's queue would wait for the master instead of being migrated by the kernel at once.
     pub(crate) fn keep_anchor(&mut self, id: GroupId) {
-        if self.engine != Engine::Ebpf {
-            return;
+        if self.engine != Engine::Ebpf || self.takes_datagrams(id) {
+            return self.watch_datagrams();
         }
         let choosable: Vec<ListenerId> =
             self.choosable(id).into_iter().filter(|listener| self.is_its_own(*listener)).collect();
@@ -315,6 +317,9 @@ impl Master {
 
     /// A worker that closes its listener unasked leaves an anchor nobody accepts from: seen within a second.
     pub(crate) fn look_at_anchors(&mut self) {
+        for (listener, worker) in self.datagrams_to_watch() {
+            self.push(Command::Owns { listener, worker });
+        }
         let groups: Vec<(GroupId, Option<ListenerId>)> =
             self.groups.iter().map(|(id, g)| (*id, g.anchor)).collect();
         for (group, anchor) in groups {
@@ -325,6 +330,13 @@ impl Master {
             }
         }
         if self.groups.values().any(|group| group.anchor.is_some()) {
+            self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
+        }
+        self.watch_datagrams();
+    }
+
+    fn watch_datagrams(&mut self) {
+        if !self.timers.is_armed(Timer::Anchors) && !self.datagrams_to_watch().is_empty() {
             self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
         }
     }

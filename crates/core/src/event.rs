@@ -161,6 +161,16 @@ pub enum Event {
         count: u32,
     },
 
+    /// Answer to `Discard`.
+    Discarded {
+        /// In which group.
+        group: GroupId,
+        /// Of which generation.
+        generation: Generation,
+        /// Datagrams that nobody got.
+        count: u32,
+    },
+
     /// Answer to `Find`.
     Found {
         /// Which.
@@ -377,10 +387,13 @@ pub struct Member {
 /// What waits in a listener.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Depth {
-    /// Finished handshakes not accepted yet.
+    /// Finished handshakes not accepted yet; of datagrams the bytes they take up.
     pub queued: u32,
     /// The limit given to `listen()`.
     pub backlog: u32,
-    /// Connections the kernel dropped here since the socket exists.
+    /// Connections the kernel dropped here since the socket exists; or datagrams.
     pub drops: Option<u32>,
+    /// Where flows are kept: how long no datagram of one has come.
+    #[serde(default)]
+    pub quiet: Option<Duration>,
 }

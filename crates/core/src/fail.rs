@@ -59,7 +59,10 @@ impl Master {
 
     /// New connections may have been given to it.
     fn is_chosen(&self, generation: Generation) -> bool {
-        self.groups.values().any(|group| group.wants(generation))
+        let state = self.generations.get(&generation).map(|record| record.state);
+        // Of sockets that are steered by nobody it gets its part, too.
+        let has_part = matches!(state, Some(GenerationState::Canary | GenerationState::Active));
+        has_part || self.groups.values().any(|group| group.wants(generation))
     }
 
     /// Some of its seats were left to the next generation.

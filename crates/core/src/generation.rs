@@ -63,6 +63,9 @@ pub(crate) struct Retirement {
     pub(crate) pause: Duration,
     /// Groups whose answer of the present look is still to come.
     pub(crate) looking: BTreeSet<GroupId>,
+    /// Whoever waited has been told that its listeners are gone, but for those with flows that go on.
+    #[serde(default)]
+    pub(crate) is_answered: bool,
 }
 
 /// The steps that all of them take together.
@@ -90,6 +93,9 @@ pub(crate) struct GenerationRecord {
     pub(crate) waiting: Vec<Caller>,
     /// When draining began.
     pub(crate) draining_since: Option<Time>,
+    /// Sockets of its workers of which it is still to be told how many datagrams nobody got.
+    #[serde(default)]
+    pub(crate) discarding: u32,
     /// Its workers were found without a master: what they were started from is not known.
     #[serde(default)]
     pub(crate) is_found: bool,
@@ -117,6 +123,7 @@ impl GenerationRecord {
             receipt: None,
             waiting: Vec::new(),
             draining_since: None,
+            discarding: 0,
             is_found: false,
         }
     }

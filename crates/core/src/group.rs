@@ -36,6 +36,9 @@ pub(crate) struct Listener {
     pub(crate) asked: u8,
     /// In the last look it was not there any more.
     pub(crate) gone: bool,
+    /// Since then no flow is kept for it any more.
+    #[serde(default)]
+    pub(crate) flows_ended: Option<Time>,
 }
 
 /// Whether handshakes of a listener may still be half open.
@@ -101,6 +104,9 @@ pub(crate) enum After {
 /// A group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Group {
+    /// Its sockets take datagrams: they are in the group from `bind()` on, each is held by the master, and nothing migrates.
+    #[serde(default)]
+    pub(crate) is_datagram: bool,
     /// Who new connections should go to; weights add up to 1000. Empty: nobody.
     pub(crate) target: Vec<(Generation, u16)>,
     /// The target, or who can be chosen in it, changed since the kernel was last told.
@@ -126,6 +132,9 @@ pub(crate) struct Group {
     /// How many of them show the group before its last change.
     pub(crate) looks_outdated: u32,
     pub(crate) slots: Slots,
+    /// `cbpf`: a socket that was let go of; whether it has left shows in the next look.
+    #[serde(default)]
+    pub(crate) released: Option<u64>,
     pub(crate) keys: Keys,
     /// `ebpf`, unmodified workers: the one listener the master holds, so that the group never gets empty.
     pub(crate) anchor: Option<ListenerId>,
@@ -141,6 +150,7 @@ pub(crate) struct Group {
 impl Group {
     pub(crate) fn new() -> Group {
         Group {
+            is_datagram: false,
             target: Vec::new(),
             is_stale: false,
             work: Work::Idle,
@@ -154,6 +164,7 @@ impl Group {
             looks: 0,
             looks_outdated: 0,
             slots: Slots::default(),
+            released: None,
             keys: Keys::default(),
             anchor: None,
             anchoring: None,

@@ -16,6 +16,7 @@ mod adopt;
 mod cbpf;
 mod check;
 mod command;
+mod datagram;
 mod ebpf;
 mod event;
 mod fail;
@@ -54,7 +55,7 @@ pub use event::{
 pub use generation::GenerationState;
 pub use id::{Generation, GroupId, ListenerId, RetirementId, Seat, Ticket, Time, WorkerId};
 pub use master::{Master, MasterState};
-pub use plan::{Breaker, CanaryStep, Engine, Plan, Readiness, StopWhen};
+pub use plan::{Breaker, CanaryStep, Engine, Plan, Policy, Readiness, StopWhen};
 pub use queue::Before;
 pub use receipt::{Outcome, Phase, PhaseTime, Receipt, ReceiptListener};
 pub use status::{GenerationView, ListenerView, StatusView, WorkerView};

@@ -167,6 +167,7 @@ impl Master {
             Event::Extended { worker, by } => self.on_extended(worker, by),
             Event::Drained { worker } => self.on_drained(worker),
             Event::Taken { listener, count } => self.on_taken(listener, count),
+            Event::Discarded { group, generation, count } => self.on_discarded(group, generation, count),
             Event::Found { worker, found } => self.on_found(worker, found),
             Event::Proved { worker, verdict } => self.on_proved(worker, verdict),
             Event::Checked { run, failure } => self.on_checked(run, failure),

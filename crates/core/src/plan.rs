@@ -27,6 +27,16 @@ pub enum Readiness {
     Http,
 }
 
+/// How a worker is chosen among those of a generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Policy {
+    /// By the connection's hash, or by chance.
+    #[default]
+    Hash,
+    /// The seat of the processor that the connection came in on.
+    Cpu,
+}
+
 /// When a retired worker is told to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopWhen {
@@ -73,6 +83,16 @@ pub struct Plan {
     pub groups: Vec<GroupId>,
     /// Those of them whose sockets the master makes: one for each seat, handed to its workers one after the other.
     pub seat_groups: Vec<GroupId>,
+    /// Those whose sockets take datagrams: in their group from `bind()` on, and nobody takes over what waits in them.
+    #[serde(default)]
+    pub datagram_groups: Vec<GroupId>,
+    /// Those of them whose flows stay with the generation they began with, until they are idle for so long. Only under
+    /// [`Engine::Ebpf`], and not with sockets of seats.
+    #[serde(default)]
+    pub flow_groups: Vec<(GroupId, Duration)>,
+    /// How a worker is chosen.
+    #[serde(default)]
+    pub policy: Policy,
     /// How a worker is known to be ready.
     pub readiness: Readiness,
     /// `Http`: answers in a row, at least 1.

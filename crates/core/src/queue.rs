@@ -153,7 +153,7 @@ impl Master {
         let to = Generation(self.generation_last);
         let receipt = self.blank_receipt(trigger, &plan, Some(to));
         let groups = plan.groups.clone();
-        self.open_groups(&groups);
+        self.open_groups(&plan);
         self.generations.insert(to, GenerationRecord::new(plan));
         self.upgrade_begun = self.now;
         self.upgrade = Some(Upgrade {

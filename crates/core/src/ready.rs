@@ -134,10 +134,11 @@ impl Master {
         }
     }
 
-    /// A worker that binds nothing itself has all its listeners from the beginning, and was taken for an unmodified one
-    /// until it spoke.
+    /// A worker none of whose sockets have to be listened on has all of them from the beginning, and was taken for an
+    /// unmodified one until it spoke.
     fn ready_late(&mut self, id: WorkerId) {
-        let has_own = self.listeners.values().any(|listener| listener.worker == id && !listener.of_seat);
+        let is_own = |l: &Listener| l.worker == id && !l.of_seat && !self.takes_datagrams(l.group);
+        let has_own = self.listeners.values().any(is_own);
         let readiness = self.readiness_of(id);
         let is_mistaken = |worker: &&mut Worker| worker.kind == Some(WorkerKind::Unmodified) && !has_own;
         let Some(worker) = self.workers.get_mut(&id).filter(is_mistaken) else { return };
@@ -180,7 +181,7 @@ impl Master {
                 seat,
                 of_seat: false,
                 handle: true,
-                listens,
+                listens: listens || self.takes_datagrams(*group),
                 leaving: false,
                 by_shutdown: false,
                 key: None,
@@ -188,6 +189,7 @@ impl Master {
                 depth: None,
                 asked: 0,
                 gone: false,
+                flows_ended: None,
             };
             self.listeners.insert(*id, listener);
             self.outdate_looks(*group);
@@ -196,6 +198,10 @@ impl Master {
 
     fn refuse_handles(&mut self, listeners: &[(GroupId, ListenerId)]) {
         for (group, listener) in listeners {
+            // Found before its worker spoke, or the reverse.
+            if self.listeners.get(listener).is_some_and(|known| known.handle) {
+                continue;
+            }
             self.push(Command::Release { listener: *listener, shutdown: false });
             // Its worker may have closed it already; then it leaves the group here.
             self.outdate_looks(*group);
@@ -233,6 +239,9 @@ impl Master {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         let worker = listener.worker;
         listener.listens |= result.is_ok();
+        // It has a slot now, which would not go with the handle: it leaves when its worker has ended, like those before it.
+        let is_worker_there = self.workers.contains_key(&worker);
+        listener.leaving &= result.is_err() || self.engine != Engine::Cbpf || !is_worker_there;
         let group = listener.group;
         self.note_slot(group);
         if self.engine == Engine::Cbpf {

@@ -172,14 +172,16 @@ impl Master {
                 .values()
                 .filter(|l| l.group == group && workers.contains(&l.worker) && !l.gone);
             let depths: Vec<_> = of_old.map(|listener| listener.depth).collect();
+            // Of datagrams neither is there: what waits is known in bytes only.
+            let is_counted = !self.takes_datagrams(group);
             let queued = depths.iter().map(|depth| depth.map(|depth| depth.queued)).sum::<Option<u32>>();
             let drops = depths.iter().map(|depth| depth.and_then(|depth| depth.drops)).sum::<Option<u32>>();
             let half_open =
                 self.groups.get(&group).map(|group| u32::try_from(group.half_open.len()).unwrap_or(u32::MAX));
             if let Some(listener) = self.receipt_listener(generation, group) {
                 // Of several batches each has its own switch.
-                add(&mut listener.queued_at_switch, queued);
-                add(&mut listener.half_open_at_switch, half_open);
+                add(&mut listener.queued_at_switch, queued.filter(|_| is_counted));
+                add(&mut listener.half_open_at_switch, half_open.filter(|_| is_counted));
                 add(&mut listener.listen_drops, drops);
             }
         }

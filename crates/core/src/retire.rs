@@ -2,9 +2,10 @@
 //! leave, open connections end; and what of it could not be had in time is counted.
 
 use crate::command::{Command, Order, Reason, Report, Signal};
+use crate::datagram::FLOWS_PAUSE_MAX;
 use crate::event::Problem;
-use crate::generation::{GenerationState, RetireStep, Retirement};
-use crate::group::Group;
+use crate::generation::{GenerationRecord, GenerationState, RetireStep, Retirement};
+use crate::group::{Group, Listener};
 use crate::id::{Generation, GroupId, ListenerId, RetirementId, Seat, Ticket, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, StopWhen};
@@ -85,6 +86,7 @@ impl Master {
             step,
             pause: LOOK_PAUSE,
             looking: BTreeSet::new(),
+            is_answered: false,
         };
         self.retirements.insert(id, retirement);
         self.look_at_retirement(id);
@@ -95,6 +97,9 @@ impl Master {
         let groups: BTreeSet<GroupId> = self.groups.keys().copied().collect();
         let Some(retirement) = self.retirements.get_mut(&id) else { return };
         retirement.looking.clone_from(&groups);
+        if groups.is_empty() {
+            return self.go_on_retiring(id);
+        }
         for group in groups {
             self.observe(group);
         }
@@ -144,10 +149,12 @@ impl Master {
             if step == RetireStep::Pausing { Some(since.after(SNAPSHOT_AFTER).max(soon)) } else { None };
         let Some(retirement) = self.retirements.get_mut(&id) else { return };
         retirement.step = step;
-        retirement.pause = pause.unwrap_or((retirement.pause * 2).min(LOOK_PAUSE_MAX));
+        let longest = if retirement.is_answered { FLOWS_PAUSE_MAX } else { LOOK_PAUSE_MAX };
+        retirement.pause = pause.unwrap_or((retirement.pause * 2).min(longest));
         let next = first.unwrap_or(self.now.after(retirement.pause));
         self.timers.arm(Timer::Retire(id), next);
         if is_emptying {
+            self.end_flows(id);
             self.empty_workers(id);
         }
     }
@@ -257,6 +264,10 @@ impl Master {
         if !self.listeners_of(id).iter().all(|listener| self.is_settled(*listener)) {
             return false;
         }
+        let may_come = |l: &Listener| l.worker == id && self.may_still_come(l);
+        if self.listeners.values().any(may_come) {
+            return false;
+        }
         let waits = |id: &ListenerId| {
             self.listeners.get(id).is_some_and(|l| !l.gone && l.depth.is_none_or(|depth| depth.queued > 0))
         };
@@ -305,17 +316,23 @@ impl Master {
             self.workers.get(&id).is_some_and(|worker| worker.kind == Some(WorkerKind::Handover));
         // Shutting a listener down moves its queue under `ebpf` and resets it under `cbpf`: there it must be empty.
         let is_patient = self.engine == Engine::Cbpf && is_handover && !drained;
+        let datagrams: Vec<GroupId> =
+            self.groups.iter().filter(|(_, group)| group.is_datagram).map(|(id, _)| *id).collect();
         let is_late = self.now >= told.after(RELEASE_GRACE) && !is_patient;
         for listener in self.listeners_of(id) {
             let Some(record) = self.listeners.get_mut(&listener).filter(|record| !record.leaving) else {
                 continue;
             };
+            // One that takes datagrams can't be shut down: it keeps its slot as long as somebody has it, and what waits
+            // there would be thrown away.
+            let waits = record.depth.is_none_or(|depth| depth.queued > 0);
+            let is_stuck = datagrams.contains(&record.group) && (waits || self.engine == Engine::Cbpf);
             if record.gone {
                 record.leaving = true;
-            } else if is_late && record.handle {
+            } else if is_late && record.handle && !is_stuck {
                 record.by_shutdown = true;
                 record.leaving = true;
-            } else if is_late {
+            } else if is_late && !record.handle {
                 self.push(Command::Anchor { listener });
             } else if record.handle {
                 self.push(Command::Owns { listener, worker: id });
@@ -438,36 +455,52 @@ impl Master {
         let over: Vec<RetirementId> =
             self.retirements.iter().filter(|(_, r)| self.is_over(r)).map(|(id, _)| *id).collect();
         for id in over {
-            self.end_retirement(id);
+            self.answer_retirement(id);
         }
         let is_leaving = |state| matches!(state, GenerationState::Retiring | GenerationState::Draining);
         let is_gone = |id: &Generation| {
             let has_worker = self.workers.values().any(|worker| worker.generation == *id);
             !has_worker && !self.listeners.values().any(|listener| listener.generation == *id)
         };
-        let leaving = self.generations.iter().filter(|(id, r)| is_leaving(r.state) && is_gone(id));
+        // What is counted last belongs into its receipt; a service that ends can't wait for it.
+        let is_counted = |record: &GenerationRecord| record.discarding == 0 || self.stopping.is_some();
+        let leaving =
+            self.generations.iter().filter(|(id, r)| is_leaving(r.state) && is_counted(r) && is_gone(id));
         for generation in leaving.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.forget_generation(generation);
         }
     }
 
-    /// None of its listeners is left, and none of its workers can get one.
+    /// None of its listeners is left, but for those with flows that go on, and none of its workers can get one.
     fn is_over(&self, retirement: &Retirement) -> bool {
         let is_its = |worker: WorkerId, of: Generation| match retirement.is_whole {
             true => of == retirement.generation,
             false => retirement.workers.contains(&worker),
         };
-        let has_listeners = self.listeners.values().any(|l| is_its(l.worker, l.generation));
+        let has_flows =
+            |worker: WorkerId| !retirement.is_answered && self.waits_for_flows(retirement, worker);
+        let mut listeners = self.listeners.values().filter(|l| is_its(l.worker, l.generation));
         let mut workers = self.workers.iter().filter(|(id, worker)| is_its(**id, worker.generation));
-        !has_listeners && workers.all(|(_, worker)| worker.state.is_ending())
+        listeners.all(|listener| has_flows(listener.worker))
+            && workers.all(|(id, worker)| worker.state.is_ending() || has_flows(*id))
     }
 
-    fn end_retirement(&mut self, id: RetirementId) {
-        let Some(retirement) = self.retirements.remove(&id) else { return };
-        self.timers.disarm(Timer::Retire(id));
-        self.answer_all(retirement.waiting, None);
-        if let Some(record) = self.generations.get_mut(&retirement.generation).filter(|_| retirement.is_whole)
-        {
+    /// Tells whoever waits; with flows that go on there is still something to be looked after.
+    fn answer_retirement(&mut self, id: RetirementId) {
+        let workers = &self.workers;
+        let Some(retirement) = self.retirements.get_mut(&id) else { return };
+        let is_leaving =
+            |id: &WorkerId| workers.get(id).is_some_and(|worker| worker.state == WorkerState::Emptying);
+        let (is_first, has_flows) = (!retirement.is_answered, retirement.workers.iter().any(is_leaving));
+        retirement.is_answered = true;
+        let (generation, is_whole) = (retirement.generation, retirement.is_whole);
+        let waiting = core::mem::take(&mut retirement.waiting);
+        if !has_flows {
+            self.retirements.remove(&id);
+            self.timers.disarm(Timer::Retire(id));
+        }
+        self.answer_all(waiting, None);
+        if let Some(record) = self.generations.get_mut(&generation).filter(|_| is_whole && is_first) {
             record.state = GenerationState::Draining;
             record.draining_since = Some(self.now);
         }

@@ -114,7 +114,7 @@ impl Master {
 
     /// The old workers of the batch have let go of their listeners.
     pub(crate) fn has_replaced(&self, from: Option<Generation>) -> bool {
-        !self.retirements.values().any(|retirement| Some(retirement.generation) == from)
+        !self.retirements.values().any(|r| Some(r.generation) == from && !r.is_answered)
     }
 
     /// The next batch is launched as soon as not too many of those before finish connections.

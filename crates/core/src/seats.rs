@@ -2,6 +2,7 @@
 //! process's end loses what waits in them.
 
 use crate::command::{Command, Reason};
+use crate::generation::GenerationRecord;
 use crate::group::{Listener, Settling};
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
@@ -51,6 +52,7 @@ impl Master {
                     depth: None,
                     asked: 0,
                     gone: false,
+                    flows_ended: None,
                 };
                 self.listeners.insert(id, listener);
                 self.note_slot(group);
@@ -94,7 +96,7 @@ impl Master {
         // The generation serves, or is about to, and with this seat.
         listener.of_seat
             && place.is_some_and(|place| !place.is_given_up)
-            && (self.active == Some(generation) || self.is_wanted(listener.group, generation))
+            && (record.is_some_and(GenerationRecord::serves) || self.is_wanted(listener.group, generation))
     }
 
     fn is_wanted(&self, group: GroupId, generation: Generation) -> bool {

@@ -44,6 +44,19 @@ impl Slots {
         is_sure
     }
 
+    /// The socket of a listener.
+    pub(crate) fn cookie_of(&self, listener: ListenerId) -> Option<u64> {
+        self.0.iter().find(|member| member.listener == Some(listener)).map(|member| member.cookie)
+    }
+
+    /// Of all that happened since the last look this came first: the socket left, or did not.
+    pub(crate) fn note_left(&mut self, cookie: u64, members: &[Member]) {
+        let is_it = |member: &Member| member.cookie == cookie;
+        if let Some(slot) = self.0.iter().position(is_it).filter(|_| !members.iter().any(is_it)) {
+            self.0.swap_remove(slot);
+        }
+    }
+
     /// The slot of a listener.
     pub(crate) fn of(&self, listener: ListenerId) -> Option<u16> {
         let slot = self.0.iter().position(|member| member.listener == Some(listener))?;

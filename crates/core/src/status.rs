@@ -133,7 +133,9 @@ impl Master {
         workers.sort_by_key(|worker| worker.seat);
         let deadlines =
             self.workers_of(generation).into_iter().filter_map(|id| self.timers.at(Timer::Kill(id)));
-        let share = share.map_or(0, |(_, share)| *share);
+        // Where nothing is steered, all goes to the active one.
+        let unsteered = if self.groups.is_empty() && self.active == Some(generation) { 1000 } else { 0 };
+        let share = share.map_or(unsteered, |(_, share)| *share);
         GenerationView { generation, state, share, deadline: deadlines.min(), workers }
     }
 

@@ -6,7 +6,7 @@ use crate::generation::UpgradeStep;
 use crate::group::{After, Group, InForce, Listener, Settling, Work};
 use crate::id::{Generation, GroupId, ListenerId, WorkerId};
 use crate::master::Master;
-use crate::plan::Engine;
+use crate::plan::{Engine, Plan};
 use crate::timers::Timer;
 use crate::worker::WorkerState;
 use alloc::vec::Vec;
@@ -213,6 +213,13 @@ impl Master {
     pub(crate) fn forget_listener(&mut self, id: ListenerId) {
         let Some(listener) = self.listeners.remove(&id) else { return };
         if listener.handle {
+            if self.takes_datagrams(listener.group) {
+                let (group, generation) = (listener.group, listener.generation);
+                self.push(Command::Discard { listener: id, group, generation });
+                if let Some(record) = self.generations.get_mut(&generation) {
+                    record.discarding += 1;
+                }
+            }
             self.push(Command::Release { listener: id, shutdown: listener.by_shutdown });
         }
         if let Some(group) = self.groups.get_mut(&listener.group) {
@@ -281,6 +288,9 @@ impl Master {
             }
             return self.retirements_observed(id);
         }
+        if let Some(released) = group.released.take() {
+            group.slots.note_left(released, &view.members);
+        }
         let is_sure = group.slots.sync(&view.members);
         for (listener, depth) in &view.depths {
             if let Some(listener) = self.listeners.get_mut(listener) {
@@ -304,9 +314,10 @@ impl Master {
     }
 
     /// Makes sure there is a record of each group a plan names.
-    pub(crate) fn open_groups(&mut self, groups: &[GroupId]) {
-        for group in groups {
-            self.groups.entry(*group).or_insert_with(Group::new);
+    pub(crate) fn open_groups(&mut self, plan: &Plan) {
+        for id in &plan.groups {
+            let group = self.groups.entry(*id).or_insert_with(Group::new);
+            group.is_datagram = plan.datagram_groups.contains(id);
         }
     }
 }

@@ -95,6 +95,10 @@ impl Master {
         let run = self.check_last;
         let Some(upgrade) = self.upgrade.as_mut() else { return };
         let generation = upgrade.to;
+        // Not while new connections are being moved: the next step begins with one.
+        if !matches!(upgrade.step, UpgradeStep::Canary | UpgradeStep::Baking) {
+            return;
+        }
         let Some(trial) = upgrade.trial.as_mut().filter(|trial| trial.check.is_none()) else { return };
         trial.check = Some(run);
         let limit = self.check_interval(generation).map_or(CHECK_LIMIT, check_limit);
@@ -178,6 +182,10 @@ impl Master {
     /// What waits in a listener of the generation on average; `None` if it has none there.
     fn queue_of(&self, group: GroupId, generation: Generation) -> Option<u64> {
         let listeners = self.eligible(group, generation);
+        // Bytes of datagrams say nothing of how many wait.
+        if self.takes_datagrams(group) {
+            return None;
+        }
         let depths = listeners.iter().filter_map(|id| self.listeners.get(id)?.depth);
         let queued: u64 = depths.map(|depth| u64::from(depth.queued)).sum();
         queued.checked_div(u64::try_from(listeners.len()).ok()?)

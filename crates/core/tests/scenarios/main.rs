@@ -1,5 +1,6 @@
 //! One short story per sentence an operator would say.
 
+mod datagram;
 mod roll;
 mod scale;
 #[path = "../shell/mod.rs"]

@@ -230,7 +230,7 @@ fn whoever_wants_it_back_gets_it_back_until_the_old_generation_has_begun_to_leav
 
 /// Every look shows so much in the queues of the old and the new worker.
 fn queues(shell: &mut Shell, depths: [u32; 2]) {
-    let depth = |queued| Depth { queued, backlog: 4096, drops: Some(0) };
+    let depth = |queued| Depth { queued, backlog: 4096, drops: Some(0), quiet: None };
     let view = GroupView {
         members: [1, 2].map(|n| Member { cookie: n.into(), listener: Some(ListenerId(n)) }).into(),
         depths: [1, 2].map(ListenerId).into_iter().zip(depths.map(depth)).collect(),

@@ -2,7 +2,7 @@
 
 use reuseportd_core::{
     Breaker, Command, Depth, Engine, Event, Exit, Found, GroupId, GroupView, ListenerId, Master, Member,
-    Plan, Problem, Readiness, StopWhen, Time, Trigger, Verdict, WorkerId,
+    Plan, Policy, Problem, Readiness, StopWhen, Time, Trigger, Verdict, WorkerId,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -19,6 +19,10 @@ pub(crate) struct Shell {
     pub(crate) said: Vec<Command>,
     /// What waits in every listener when the group is looked at.
     pub(crate) queued: u32,
+    /// How long no datagram of a flow has come to any listener.
+    pub(crate) quiet: Option<Duration>,
+    /// Datagrams that are found in a listener when they are thrown away.
+    pub(crate) unread: u32,
     /// Shown instead when the group is looked at.
     pub(crate) shown: Option<GroupView>,
     /// Open connections of every worker.
@@ -33,6 +37,8 @@ pub(crate) struct Shell {
     pub(crate) answers: bool,
     /// `Save` is answered at once.
     pub(crate) keeps: bool,
+    /// The sockets of workers do: they are in the group from `bind()` on.
+    pub(crate) takes_datagrams: bool,
     pub(crate) members: Vec<ListenerId>,
     /// Who bound each listener, until that worker has closed it.
     pub(crate) owners: BTreeMap<ListenerId, u32>,
@@ -46,6 +52,8 @@ impl Shell {
             now: Time(0).after(BEGIN),
             said: Vec::new(),
             queued: 0,
+            quiet: None,
+            unread: 0,
             shown: None,
             open: 0,
             steers: Ok(()),
@@ -53,6 +61,7 @@ impl Shell {
             anchors: Ok(()),
             answers: true,
             keeps: true,
+            takes_datagrams: false,
             members: Vec::new(),
             owners: BTreeMap::new(),
             listeners: 0,
@@ -97,6 +106,9 @@ impl Shell {
             check_interval: None,
             groups: vec![GROUP],
             seat_groups: Vec::new(),
+            datagram_groups: Vec::new(),
+            flow_groups: Vec::new(),
+            policy: Policy::Hash,
             passes: 1,
             interval: Duration::from_millis(200),
             readiness: Readiness::Notify,
@@ -132,6 +144,9 @@ impl Shell {
         self.listeners += 1;
         let listener = ListenerId(self.listeners);
         self.owners.insert(listener, worker);
+        if self.takes_datagrams {
+            self.members.push(listener);
+        }
         self.tell(Event::Ready { worker: WorkerId(worker), listeners: vec![(GROUP, listener)] });
         listener
     }
@@ -195,6 +210,9 @@ impl Shell {
             Command::Owns { listener, .. } => {
                 Event::Owned { listener, owned: self.owners.contains_key(&listener) }
             }
+            Command::Discard { group, generation, .. } => {
+                Event::Discarded { group, generation, count: self.unread }
+            }
             Command::Save if self.keeps => Event::Saved,
             Command::CheckRemains { worker } => Event::Remains { worker, left: false },
             Command::Observe { group } => Event::Observed { group, view: self.view() },
@@ -213,7 +231,7 @@ impl Shell {
         if let Some(view) = &self.shown {
             return view.clone();
         }
-        let depth = Depth { queued: self.queued, backlog: 4096, drops: Some(0) };
+        let depth = Depth { queued: self.queued, backlog: 4096, drops: Some(0), quiet: self.quiet };
         let member = |id: &ListenerId| Member { cookie: u64::from(id.0), listener: Some(*id) };
         GroupView {
             members: self.members.iter().map(member).collect(),

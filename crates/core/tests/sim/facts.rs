@@ -2,7 +2,7 @@
 
 use crate::kernel::{Choice, Holder, Kernel, Program};
 use crate::rng::Rng;
-use reuseportd_core::{Generation, GroupId, ListenerId, Range, Share, WorkerId};
+use reuseportd_core::{Generation, GroupId, ListenerId, Policy, Range, Share, WorkerId};
 use std::collections::BTreeSet;
 
 const GROUP: GroupId = GroupId(0);
@@ -23,7 +23,7 @@ fn chosen(kernel: &mut Kernel, rng: &mut Rng) -> BTreeSet<ListenerId> {
     let mut all = BTreeSet::new();
     for _ in 0..200 {
         match kernel.syn(GROUP, rng).1 {
-            Choice::Named(listener) | Choice::Hashed(listener) => {
+            Choice::Named(listener) | Choice::Known(listener) | Choice::Hashed(listener) => {
                 all.insert(listener);
             }
             Choice::Refused => {}
@@ -33,7 +33,8 @@ fn chosen(kernel: &mut Kernel, rng: &mut Rng) -> BTreeSet<ListenerId> {
 }
 
 fn steer_to_slot(kernel: &mut Kernel, slot: u16) {
-    kernel.group(GROUP).program = Program::Slots(vec![Share { weight: 1000, slots: vec![slot] }]);
+    kernel.group(GROUP).program =
+        Program::Slots(vec![Share { weight: 1000, slots: vec![slot], policy: Policy::Hash }]);
 }
 
 #[test]
@@ -46,7 +47,7 @@ fn slots_follow_listen_and_the_last_moves_into_the_hole() {
     assert_eq!(chosen(&mut kernel, &mut rng).len(), 3, "out of range: hashed over all");
     steer_to_slot(&mut kernel, 0);
     assert_eq!(chosen(&mut kernel, &mut rng), BTreeSet::from([listeners[3]]));
-    let by_age: Vec<u64> = kernel.observe(GROUP).members.iter().map(|member| member.cookie).collect();
+    let by_age: Vec<u64> = kernel.observe(GROUP, 0).members.iter().map(|member| member.cookie).collect();
     assert!(by_age.is_sorted(), "listed by age, not by slot: {by_age:?}");
 }
 
@@ -73,7 +74,7 @@ fn what_waits_is_reset_unless_it_migrates_or_somebody_holds_the_socket() {
 #[test]
 fn keys_wrap_over_holes_fall_through_to_others_and_migrate() {
     let (mut kernel, listeners, mut rng) = group_of(3);
-    let range = |base| Range { generation: Generation(1), weight: 1000, base, count: 4 };
+    let range = |base| Range { generation: Generation(1), weight: 1000, base, count: 4, step: 0 };
     assert_eq!(kernel.admit(listeners[1], 2), Ok(()));
     kernel.group(GROUP).program = Program::Ranges(vec![range(0)]);
     assert_eq!(chosen(&mut kernel, &mut rng), BTreeSet::from([listeners[1]]), "the only key in the range");

@@ -2,6 +2,8 @@
 //!
 //! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
 
+use crate::datagrams::{BYTES, Dropped, Flows};
+use crate::draw::{by_key, by_slot};
 use crate::rng::Rng;
 use reuseportd_core::{
     Depth, Generation, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId,
@@ -46,7 +48,9 @@ pub(crate) struct Socket {
     pub(crate) half_open: BTreeSet<u64>,
     /// The master was told of it.
     pub(crate) known: bool,
-    key: Option<u32>,
+    /// It was in its group when somebody looked.
+    seen: bool,
+    pub(crate) key: Option<u32>,
 }
 
 impl Socket {
@@ -81,7 +85,8 @@ pub(crate) struct Group {
     /// The same by age, which is how the kernel lists them.
     by_age: Vec<ListenerId>,
     pub(crate) program: Program,
-    keys: BTreeMap<u32, ListenerId>,
+    pub(crate) keys: BTreeMap<u32, ListenerId>,
+    pub(crate) flows: Flows,
     /// The array and its program belong to a master of which nothing is left.
     pub(crate) is_foreign: bool,
     migrated: u64,
@@ -94,6 +99,7 @@ impl Default for Group {
             by_age: Vec::new(),
             program: Program::Hash,
             keys: BTreeMap::new(),
+            flows: Flows::default(),
             is_foreign: false,
             migrated: 0,
         }
@@ -105,6 +111,8 @@ impl Default for Group {
 pub(crate) enum Choice {
     /// The program named this listener.
     Named(ListenerId),
+    /// It remembered that the flow goes there.
+    Known(ListenerId),
     /// The program named nobody who is there, so the kernel hashed over all.
     Hashed(ListenerId),
     /// No listener, or the program refuses.
@@ -127,10 +135,16 @@ pub(crate) struct Kernel {
     pub(crate) waiting: BTreeMap<u64, ListenerId>,
     /// `net.ipv4.tcp_migrate_req`.
     pub(crate) migrates_by_hash: bool,
+    /// Groups whose sockets take datagrams.
+    pub(crate) datagram_groups: BTreeSet<GroupId>,
     /// Since somebody last asked.
     pub(crate) losses: Vec<Loss>,
+    /// Datagrams, since somebody last asked.
+    pub(crate) dropped: Vec<Dropped>,
     /// Groups that a listener left otherwise than by the master's hand, since somebody last asked.
     pub(crate) left: BTreeSet<GroupId>,
+    /// Groups that one came to and left unseen, which moved others; since somebody last asked.
+    pub(crate) confused: BTreeSet<GroupId>,
     /// Listeners in which something new waits, since somebody last asked.
     pub(crate) woken: Vec<ListenerId>,
     /// The master is another's successor.
@@ -141,7 +155,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// A new socket with an address, but without a slot.
+    /// A new socket with an address, but without a slot, unless it takes datagrams.
     pub(crate) fn bind(&mut self, group: GroupId, owner: Option<WorkerId>, holder: Holder) -> ListenerId {
         self.next_listener += 1;
         let socket = Socket {
@@ -154,10 +168,15 @@ impl Kernel {
             queue: VecDeque::new(),
             half_open: BTreeSet::new(),
             known: false,
+            seen: false,
             key: None,
         };
-        self.sockets.insert(ListenerId(self.next_listener), socket);
-        ListenerId(self.next_listener)
+        let listener = ListenerId(self.next_listener);
+        self.sockets.insert(listener, socket);
+        if self.takes_datagrams(group) {
+            let _ = self.listen(listener);
+        }
+        listener
     }
 
     /// Takes the last slot; listening again changes nothing.
@@ -189,6 +208,15 @@ impl Kernel {
             self.place(self.next_connection, listener, true);
         }
         (self.next_connection, choice)
+    }
+
+    /// Something that waits from the first moment on.
+    pub(crate) fn arrive(&mut self, choice: Choice) -> u64 {
+        self.next_connection += 1;
+        if let Choice::Named(listener) | Choice::Hashed(listener) | Choice::Known(listener) = choice {
+            self.place(self.next_connection, listener, false);
+        }
+        self.next_connection
     }
 
     /// The last packet of the handshake arrived.
@@ -225,9 +253,11 @@ impl Kernel {
         }
     }
 
-    /// The listener leaves its group, whoever still holds it.
+    /// The listener leaves its group, whoever still holds it; with datagrams there is no such thing.
     pub(crate) fn shutdown(&mut self, listener: ListenerId, rng: &mut Rng) {
-        self.leave(listener, true, rng);
+        if !self.takes_datagrams(self.sockets[&listener].group) {
+            self.leave(listener, true, rng);
+        }
     }
 
     /// A process ended: all its descriptors are closed.
@@ -270,6 +300,7 @@ impl Kernel {
         if std::mem::take(&mut self.group(group).is_foreign) {
             self.keep_keys(group, &[]);
             self.group(group).program = Program::Hash;
+            self.group(group).flows = Flows::default();
         }
     }
 
@@ -321,15 +352,24 @@ impl Kernel {
         }
     }
 
+    pub(crate) fn note_seen(&mut self, group: GroupId) {
+        for listener in self.groups.get(&group).into_iter().flat_map(|group| &group.slots) {
+            self.sockets.get_mut(listener).into_iter().for_each(|socket| socket.seen = true);
+        }
+    }
+
     /// What sock_diag and the program's counters show.
-    pub(crate) fn observe(&self, group: GroupId) -> GroupView {
+    pub(crate) fn observe(&self, group: GroupId, now: u64) -> GroupView {
         let empty = Group::default();
         let seen = self.groups.get(&group).unwrap_or(&empty);
         let known = |id: &ListenerId| self.sockets[id].known.then_some(*id);
+        let takes_datagrams = self.takes_datagrams(group);
+        let each = if takes_datagrams { BYTES } else { 1 };
         let depth = |id: ListenerId| Depth {
-            queued: u32::try_from(self.sockets[&id].queue.len()).unwrap_or(u32::MAX),
+            queued: u32::try_from(self.sockets[&id].queue.len() * each).unwrap_or(u32::MAX),
             backlog: 4096,
             drops: None,
+            quiet: self.sockets[&id].key.filter(|_| takes_datagrams).map(|key| seen.flows.quiet(key, now)),
         };
         GroupView {
             members: seen
@@ -353,8 +393,8 @@ impl Kernel {
         let named = match &group.program {
             Program::Hash => None,
             Program::Ranges(ranges) if ranges.is_empty() && !migrating => return Choice::Refused,
-            Program::Ranges(ranges) => by_key(ranges, &group.keys, rng),
-            Program::Slots(shares) => by_slot(shares, &group.slots, rng),
+            Program::Ranges(ranges) => by_key(ranges, &group.keys, rng.below(8), rng),
+            Program::Slots(shares) => by_slot(shares, &group.slots, rng.below(8), rng),
         };
         named.map_or_else(|| Choice::Hashed(group.slots[rng.index(group.slots.len())]), Choice::Named)
     }
@@ -376,14 +416,22 @@ impl Kernel {
         let Some(socket) = self.sockets.get_mut(&listener) else { return };
         let listened = socket.stage == Stage::Listening;
         socket.stage = Stage::Gone;
-        let (id, key) = (socket.group, socket.key.take());
+        let (id, key, seen) = (socket.group, socket.key.take(), socket.seen);
         let half_open = std::mem::take(&mut socket.half_open).into_iter().map(|c| (c, true));
-        let orphans: Vec<(u64, bool)> = half_open.chain(socket.queue.drain(..).map(|c| (c, false))).collect();
+        let mut orphans: Vec<(u64, bool)> =
+            half_open.chain(socket.queue.drain(..).map(|c| (c, false))).collect();
+        if self.datagram_groups.contains(&id) {
+            let waiting: Vec<u64> = std::mem::take(&mut orphans).into_iter().map(|(id, _)| id).collect();
+            self.drop_datagrams(listener, &waiting, false);
+        }
         let group = self.groups.entry(id).or_default();
         if let Some(key) = key {
             group.keys.remove(&key);
         }
         if listened {
+            if !seen && group.slots.last() != Some(&listener) {
+                self.confused.insert(id);
+            }
             group.slots.retain_swap(listener);
             group.by_age.retain(|other| *other != listener);
             if !by_master {
@@ -412,7 +460,7 @@ impl Kernel {
         self.waiting.remove(&connection);
         let choice = if migrates { self.choose(group, rng, true) } else { Choice::Refused };
         match choice {
-            Choice::Named(listener) | Choice::Hashed(listener) => {
+            Choice::Named(listener) | Choice::Known(listener) | Choice::Hashed(listener) => {
                 self.group(group).migrated += 1;
                 self.place(connection, listener, half_open);
             }
@@ -422,37 +470,6 @@ impl Kernel {
             }
         }
     }
-}
-
-/// Weighted choice of a range, a place in it, then onwards over holes; the other ranges if the whole range is empty.
-fn by_key(ranges: &[Range], keys: &BTreeMap<u32, ListenerId>, rng: &mut Rng) -> Option<ListenerId> {
-    let first = weighted(ranges.iter().map(|r| r.weight), rng);
-    let (start, wheel) = (rng.next(), ranges.len());
-    (0..wheel).map(|turn| &ranges[(first + turn) % wheel]).find_map(|range| {
-        let count = u64::from(range.count);
-        (0..count).find_map(|step| {
-            let offset = u32::try_from((start % count + step) % count).unwrap_or(0);
-            keys.get(&(range.base + offset)).copied()
-        })
-    })
-}
-
-/// A number out of range names nobody.
-fn by_slot(shares: &[Share], slots: &[ListenerId], rng: &mut Rng) -> Option<ListenerId> {
-    let share = shares.get(weighted(shares.iter().map(|s| s.weight), rng))?;
-    let slot = share.slots.get(rng.index(share.slots.len()))?;
-    slots.get(usize::from(*slot)).copied()
-}
-
-fn weighted(weights: impl Iterator<Item = u16> + Clone, rng: &mut Rng) -> usize {
-    let mut left = rng.below(weights.clone().map(u64::from).sum());
-    for (index, weight) in weights.enumerate() {
-        if left < u64::from(weight) {
-            return index;
-        }
-        left -= u64::from(weight);
-    }
-    0
 }
 
 trait RetainSwap {

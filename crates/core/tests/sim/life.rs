@@ -18,6 +18,8 @@ pub(crate) struct Life {
     /// Told to stop, first.
     pub(crate) stopped: Option<u64>,
     pub(crate) replaced: bool,
+    /// Its way out began.
+    pub(crate) retired: Option<u64>,
     /// Its seat is no more, or somebody else's.
     pub(crate) given_up: bool,
     pub(crate) killed: bool,
@@ -38,6 +40,7 @@ impl Life {
             asked: None,
             stopped: None,
             replaced: false,
+            retired: None,
             given_up: false,
             killed: false,
             exited: None,

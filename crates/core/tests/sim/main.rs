@@ -5,8 +5,11 @@
 //! (256), from `REUSEPORTD_SIM_FIRST=n` on, `REUSEPORTD_SIM_STEPS=n` makes the first phase longer or shorter.
 
 mod callers;
+mod datagrams;
 mod death;
+mod draw;
 mod facts;
+mod flows;
 mod kernel;
 mod life;
 mod manners;
@@ -18,6 +21,7 @@ mod protocol;
 mod rng;
 mod scaling;
 mod seats;
+mod strays;
 mod temper;
 mod trial;
 mod twin;
@@ -28,7 +32,7 @@ mod world;
 
 use kernel::Holder;
 use oracle::Tally;
-use reuseportd_core::{Engine, Event, MasterState, StopMode, Trigger};
+use reuseportd_core::{Engine, Event, GroupId, MasterState, StopMode, Trigger};
 use std::collections::BTreeMap;
 use world::{Happening, MS, World};
 
@@ -62,6 +66,7 @@ struct Run {
     tally: Tally,
     upkeep: upkeep::Tally,
     phases: phases::Tally,
+    datagrams: flows::Tally,
     outcomes: BTreeMap<&'static str, u32>,
 }
 
@@ -79,6 +84,7 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
     let mut world = World::new(seed, engine, verbose);
     let mut replay = Replay { seed, step: 0 };
     world.groups = u16::try_from(world.rng.between(1, 3)).unwrap_or(1);
+    draw_datagrams(&mut world);
     world.seated = [0, 0, 500, 1000, 1000][world.rng.index(5)];
     // A service that can't keep up never gets its queues empty: that is nobody's promise.
     world.accept = [0, MS, 5 * MS, 20 * MS][world.rng.index(4)];
@@ -101,8 +107,20 @@ fn run(seed: u64, steps: u64, verbose: bool) -> Run {
         tally: world.oracle.tally,
         upkeep: world.upkeep.tally,
         phases: world.tally(),
+        datagrams: world.oracle.datagrams.tally,
         outcomes: world.oracle.protocol.outcomes.clone(),
     }
+}
+
+/// Mostly one address that takes datagrams beside others that take connections.
+fn draw_datagrams(world: &mut World) {
+    let taking = match world.rng.below(20) {
+        0..=7 => 0,
+        8..=16 => world.groups.min(2) / 2 + u16::from(world.rng.permille(300)),
+        _ => world.groups,
+    };
+    world.kernel.datagram_groups = (0..taking.min(world.groups)).map(GroupId).collect();
+    world.sources = ([2, 8, 100][world.rng.index(3)], [1000, 5000, 1_000_000][world.rng.index(3)] * MS);
 }
 
 /// No faults any more: within bounded time everything is as the operator wants it, and stays so through an upgrade.
@@ -211,6 +229,7 @@ fn nothing_is_lost_and_everything_ends() {
     let mut outcomes: BTreeMap<&str, u32> = BTreeMap::new();
     let mut upkeep = upkeep::Tally::default();
     let mut phases = phases::Tally::default();
+    let mut datagrams = flows::Tally::default();
     let seeds = knob("REUSEPORTD_SIM_SEEDS").unwrap_or(256);
     let first = knob("REUSEPORTD_SIM_FIRST").unwrap_or(0);
     for seed in first..first + seeds {
@@ -222,17 +241,19 @@ fn nothing_is_lost_and_everything_ends() {
         }
         upkeep.add(&run.upkeep);
         phases.add(run.phases);
+        datagrams.add(run.datagrams);
         for (name, count) in run.outcomes {
             *outcomes.entry(name).or_default() += count;
         }
     }
-    eprintln!("{sum:?} {upkeep:?} {phases:?} {outcomes:?}, without steering: {control:?}");
+    eprintln!("{sum:?} {upkeep:?} {phases:?} {datagrams:?} {outcomes:?}, without steering: {control:?}");
     // What never happens is not tested either.
     if seeds >= 256 {
         assert!(sum.counted > 0 && sum.strays > 0 && sum.excused > 0 && outcomes.len() == 3);
         assert!(sum.inherited > 0 && control.inherited > 0);
         assert!(upkeep.is_complete(), "something never happened: {upkeep:?}");
         assert!(phases.is_complete(), "something never happened: {phases:?}");
+        assert!(datagrams.is_complete(), "something never happened: {datagrams:?}");
         assert!(control.excused > 0, "without steering nothing is lost: a loss could not be seen");
     }
 }

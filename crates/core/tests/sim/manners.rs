@@ -36,6 +36,14 @@ impl Protocol {
         self.abandoned.extend(of_seat.map(|(id, _)| *id));
     }
 
+    /// Sockets of seats that the generation that serves does not have.
+    pub(crate) fn abandon_others(&mut self, kernel: &Kernel) {
+        let Some(plan) = self.active.map(|active| &self.plans[&active]) else { return };
+        let has = |group, seat: Seat| plan.seat_groups.contains(&group) && seat.0 < plan.workers;
+        let others = kernel.sockets.iter().filter(|(_, s)| s.seat.is_some_and(|seat| !has(s.group, seat)));
+        self.abandoned.extend(others.map(|(id, _)| *id));
+    }
+
     pub(crate) fn notice(&mut self, notice: Notice) {
         if matches!(notice, Notice::Extend(_) | Notice::Alive) {
             return;

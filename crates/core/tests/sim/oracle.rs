@@ -1,7 +1,9 @@
 //! The judge. It watches every packet, event and command, and knows the promise but not how it is kept.
 
-use crate::kernel::{Choice, Kernel, Loss, Program, Socket, Stage};
+use crate::flows::Datagrams;
+use crate::kernel::{Choice, Kernel, Loss, Program, Socket};
 use crate::protocol::Protocol;
+use crate::strays::Picked;
 use crate::workers::Worker;
 use reuseportd_core::{
     Command, Engine, Event, Found, Generation, GroupId, ListenerId, Plan, Report, Time, Trigger, WorkerId,
@@ -23,22 +25,13 @@ pub(crate) struct Client {
     pub(crate) excused: bool,
 }
 
-/// What a connection given to anybody else than those steered to may expect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stray {
-    Forbidden,
-    /// It happens, but it must be served.
-    Served,
-    Excused,
-}
-
 pub(crate) struct Oracle {
     pub(crate) engine: Engine,
     pub(crate) protocol: Protocol,
     pub(crate) clients: BTreeMap<u64, Client>,
     /// The generation that each part of the new connections of a group goes to, as the last program put in force there
     /// says: one of several, as long as they share all the sockets it names.
-    steered: BTreeMap<GroupId, Vec<BTreeSet<Generation>>>,
+    pub(crate) steered: BTreeMap<GroupId, Vec<BTreeSet<Generation>>>,
     /// `cbpf`: slots moved and the master could not know yet; `true` once it has looked since.
     pub(crate) disturbed: BTreeMap<GroupId, bool>,
     /// `cbpf`: several moved between two looks; the core has said that it can only guess.
@@ -52,6 +45,7 @@ pub(crate) struct Oracle {
     pub(crate) doomed: BTreeSet<ListenerId>,
     /// Handles that came too late, and go back at once.
     pub(crate) unwanted: BTreeSet<ListenerId>,
+    pub(crate) datagrams: Datagrams,
     deadline_handled: bool,
 }
 
@@ -94,6 +88,7 @@ impl Oracle {
             refusing: BTreeSet::new(),
             doomed: BTreeSet::new(),
             unwanted: BTreeSet::new(),
+            datagrams: Datagrams::default(),
             deadline_handled: false,
         }
     }
@@ -118,6 +113,7 @@ impl Oracle {
         {
             *looked = true;
         }
+        self.judge_flows(command, now, kernel, workers);
         self.protocol.command(command, now, kernel, workers);
     }
 
@@ -154,6 +150,7 @@ impl Oracle {
             self.unsure.insert(*group);
             self.tally.unsure += 1;
         }
+        self.told_of_datagrams(report);
         if let Report::LeftoversLost(listener, count) = report {
             *self.admitted.entry(*listener).or_default() += count;
         }
@@ -202,6 +199,13 @@ impl Oracle {
         }
     }
 
+    /// What came and left between two looks moved others, and nobody can know.
+    pub(crate) fn confused(&mut self, groups: BTreeSet<GroupId>) {
+        if self.engine == Engine::Cbpf {
+            self.unsure.extend(groups);
+        }
+    }
+
     /// Another master goes on with an older memory: of the slots it knows what it will see.
     pub(crate) fn adopted(&mut self, mut protocol: Protocol, groups: impl Iterator<Item = GroupId>) {
         protocol.adopted();
@@ -209,6 +213,7 @@ impl Oracle {
             self.refusing.extend(self.steered.keys());
         }
         self.protocol = protocol;
+        self.forget_untold();
         self.deadline_handled = false;
         if self.engine == Engine::Cbpf {
             self.disturbed.extend(groups.map(|group| (group, false)));
@@ -218,6 +223,8 @@ impl Oracle {
     /// A master that knows nothing but these processes: they are one generation from here on.
     pub(crate) fn orphaned(&mut self, protocol: Protocol, groups: impl Iterator<Item = GroupId>) {
         self.protocol = protocol;
+        self.forget_untold();
+        self.datagrams.forget_flows();
         self.deadline_handled = false;
         for group in groups {
             self.steered.insert(group, vec![self.protocol.active().into_iter().collect()]);
@@ -264,32 +271,25 @@ impl Oracle {
             self.steered.insert(group, parts);
         }
         if let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) {
-            let slots = shares.iter().map(|s| s.slots.len()).sum::<usize>();
-            assert_eq!(slots, kernel.named(group).len(), "{group:?}: a slot in {shares:?} is nobody's");
+            let slots: BTreeSet<u16> = shares.iter().flat_map(|s| s.slots.iter().copied()).collect();
+            assert_eq!(slots.len(), kernel.named(group).len(), "{group:?}: a slot in {shares:?} is nobody's");
         }
     }
 
     /// Whose it is. Nobody's is a stranger, or the socket of a seat that is no more.
-    fn generations(&self, socket: &Socket, workers: &Workers) -> BTreeSet<Generation> {
+    pub(crate) fn generations(&self, socket: &Socket, workers: &Workers) -> BTreeSet<Generation> {
         match socket.seat {
             Some(seat) => self.protocol.using(socket.group, seat),
             None => socket.owner.iter().map(|owner| workers[owner].generation).collect(),
         }
     }
 
-    fn is_ready(&self, socket: &Socket) -> bool {
+    pub(crate) fn is_ready(&self, socket: &Socket) -> bool {
         socket.workers().any(|worker| self.protocol.is_ready(worker))
     }
 
     pub(crate) fn is_steered_to(&self, group: GroupId, generation: Generation) -> bool {
         self.steered.get(&group).is_some_and(|parts| parts.iter().any(|to| to.contains(&generation)))
-    }
-
-    /// The worker that bound it, or the last of those that got it with a generation that has served.
-    fn last_worker(&self, socket: &Socket, workers: &Workers) -> Option<WorkerId> {
-        let has_served = |worker: &WorkerId| self.protocol.has_served(workers[worker].generation);
-        let last = socket.users.iter().copied().rfind(has_served);
-        if socket.seat.is_some() { last } else { socket.owner }
     }
 
     /// A SYN arrived, and the kernel chose.
@@ -303,35 +303,13 @@ impl Oracle {
         workers: &Workers,
     ) {
         self.tally.connections += 1;
-        let promised = self.engine != Engine::None && self.protocol.promises(group);
         let (listener, hashed) = match choice {
-            Choice::Refused => {
-                let is_promised =
-                    promised && !self.refusing.contains(&group) && !self.protocol.loose.contains(&group);
-                assert!(!is_promised, "connection {connection} to {group:?} was refused");
-                return;
-            }
-            Choice::Named(listener) => (listener, false),
+            Choice::Refused => return self.refused(connection, group),
+            Choice::Named(listener) | Choice::Known(listener) => (listener, false),
             Choice::Hashed(listener) => (listener, true),
         };
-        let mut excused = !promised || self.protocol.loose.contains(&group);
-        if !excused {
-            let socket = &kernel.sockets[&listener];
-            let of = self.generations(socket, workers);
-            // By its own hash the kernel chooses those that leave, too.
-            let leaves = hashed && socket.owner.is_some_and(|owner| self.protocol.is_given_up(owner));
-            let is_right =
-                of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket) && !leaves;
-            if !is_right {
-                self.tally.strays += 1;
-                let stray = self.stray(group, listener, hashed, now, kernel, workers);
-                assert!(
-                    stray != Stray::Forbidden,
-                    "connection {connection} to {group:?} strayed to {listener:?}: {socket:?}"
-                );
-                excused = stray == Stray::Excused;
-            }
-        }
+        let picked = Picked { id: connection, group, listener, hashed, now };
+        let excused = self.is_excused(picked, kernel, workers);
         self.clients.insert(connection, Client { since: now, listener, handshake: Duration::ZERO, excused });
     }
 
@@ -340,58 +318,6 @@ impl Oracle {
         if let Some(client) = self.clients.get_mut(&connection) {
             client.handshake = Duration::from_nanos(takes);
         }
-    }
-
-    /// `cbpf` has its holes: slots that move before the master can know, a program it can't replace, strangers; and,
-    /// while the only listener steered to moves, the old ones, which must still accept then.
-    fn stray(
-        &self,
-        group: GroupId,
-        listener: ListenerId,
-        hashed: bool,
-        now: u64,
-        kernel: &Kernel,
-        workers: &Workers,
-    ) -> Stray {
-        let socket = &kernel.sockets[&listener];
-        let Some(Program::Slots(shares)) = kernel.groups.get(&group).map(|g| &g.program) else {
-            // Before a master that found only processes has steered, the kernel chooses among all.
-            // So it does when all that served have died without anybody knowing yet.
-            // One of whose listeners the master has no handle can't be steered to.
-            let is_here = |socket: &Socket| socket.group == group && socket.stage == Stage::Listening;
-            let is_reached = |w: &Worker| {
-                let mut sockets = w.sockets.iter().map(|id| &kernel.sockets[id]);
-                sockets.any(|socket| socket.known && is_here(socket))
-            };
-            let serves = |id: &WorkerId, w: &Worker| {
-                let is_chosen = self.is_steered_to(group, w.generation) && is_reached(w);
-                w.runs && is_chosen && self.protocol.was_serving(*id, now)
-            };
-            let is_served = workers.iter().any(|(id, worker)| serves(id, worker));
-            return if self.refusing.contains(&group) || (hashed && !is_served) {
-                Stray::Excused
-            } else {
-                Stray::Forbidden
-            };
-        };
-        let last = self.last_worker(socket, workers);
-        let Some((id, owner)) = last.map(|id| (id, &workers[&id])) else {
-            let is_blind = self.disturbed.contains_key(&group) || self.protocol.steer_failed(group);
-            return if hashed || is_blind { Stray::Excused } else { Stray::Forbidden };
-        };
-        // The listeners of a worker with several of them leave one after the other, and nobody accepts from the rest.
-        let is_open = socket.is_owned();
-        let has_several = owner.temper.sockets > 1 && !is_open;
-        // Whoever is to answer requests before it is ready joins before the master may steer.
-        let joins_early = !owner.temper.handover || !self.protocol.is_ready(id);
-        let joins_by_itself = joins_early && socket.seat.is_none();
-        let is_old_program = self.protocol.steer_failed(group) && joins_by_itself;
-        if self.disturbed.contains_key(&group) || is_old_program || has_several {
-            return Stray::Excused;
-        }
-        let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
-        let waits = is_open || !self.protocol.has_left(id);
-        if hashed && slots <= 1 && waits { Stray::Served } else { Stray::Forbidden }
     }
 
     pub(crate) fn accepted(&mut self, connection: u64) {
@@ -486,7 +412,9 @@ impl Oracle {
     pub(crate) fn settled(&mut self, now: u64, due: Option<Time>, kernel: &Kernel, workers: &Workers) {
         if std::mem::take(&mut self.deadline_handled) {
             assert!(due.is_none_or(|due| due.0 > now), "the deadline was handled and is still due");
+            self.judge_patience(now);
         }
+        self.judge_datagrams();
         if self.engine != Engine::None && !self.protocol.is_stopping() {
             for group in kernel.groups.keys().filter(|group| self.protocol.promises(**group)) {
                 self.judge_named(*group, kernel, workers);

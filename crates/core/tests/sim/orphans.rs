@@ -56,7 +56,8 @@ impl World {
     fn take_in(&mut self, generation: Generation, living: &[WorkerId]) {
         let workers = u16::try_from(living.len()).unwrap_or(u16::MAX);
         let groups: Vec<GroupId> = (0..self.groups).map(GroupId).collect();
-        let seated = Plan { workers, groups, watchdog: None, ..self.draw_plan() };
+        let datagram_groups = self.kernel.datagram_groups.iter().copied().collect();
+        let seated = Plan { workers, groups, datagram_groups, watchdog: None, ..self.draw_plan() };
         let plan = Plan { seat_groups: Vec::new(), ..seated.clone() };
         let mut found = Vec::new();
         for (seat, id) in (0..).map(Seat).zip(living) {
@@ -101,6 +102,7 @@ impl World {
             if socket.stage == Stage::Listening && is_permitted {
                 socket.holders.insert(Holder::Master);
                 socket.known = true;
+                socket.owner = socket.users.first().map_or(socket.owner, |_| Some(id));
                 self.oracle.doomed.remove(listener);
                 handles.push((socket.group, *listener));
             }

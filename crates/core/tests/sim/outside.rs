@@ -3,7 +3,10 @@
 use crate::kernel::{Choice, Holder};
 use crate::trial::Trials;
 use crate::world::{Happening, MS, World};
-use reuseportd_core::{Breaker, Event, GroupId, Plan, Readiness, StopMode, StopWhen, Ticket, Trigger, Wait};
+use reuseportd_core::{
+    Breaker, Engine, Event, GroupId, Plan, Policy, Readiness, Report, StopMode, StopWhen, Ticket, Trigger,
+    Wait,
+};
 use std::time::Duration;
 
 impl World {
@@ -18,9 +21,37 @@ impl World {
         }
     }
 
+    /// A datagram of one of the flows of this time.
+    fn send(&mut self, group: GroupId) {
+        let (flows, lasts) = self.sources;
+        let source = self.now / lasts * flows + self.rng.below(flows);
+        let (datagram, choice) = self.kernel.datagram(group, source, self.now, &mut self.rng);
+        self.trace(format_args!("      datagram {datagram} of {source} {group:?} {choice:?}"));
+        let (now, kernel, workers) = (self.now, &self.kernel, &self.workers);
+        self.oracle.sent((datagram, source), group, choice, now, kernel, workers);
+    }
+
+    /// The program forgets flows that were idle for as long as the generation that serves wants it.
+    pub(crate) fn remember_flows(&mut self, report: &Report) {
+        let generation = match report {
+            Report::Switched(generation) => Some(*generation),
+            Report::SteeredBack(..) => self.master.status().active,
+            _ => None,
+        };
+        let Some(plan) = generation.map(|generation| &self.plans[&generation]) else { return };
+        for group in &plan.groups {
+            let own = plan.flow_groups.iter().find(|(of, _)| of == group);
+            let timeout = own.and_then(|(_, timeout)| u64::try_from(timeout.as_nanos()).ok());
+            self.kernel.group(*group).flows.timeout = timeout;
+        }
+    }
+
     /// One SYN; if it is answered, the handshake ends a little later, and sometimes much later.
     pub(crate) fn connect(&mut self) {
         let group = GroupId(u16::try_from(self.rng.below(u64::from(self.groups))).unwrap_or(0));
+        if self.kernel.takes_datagrams(group) {
+            return self.send(group);
+        }
         let (connection, choice) = self.kernel.syn(group, &mut self.rng);
         self.trace(format_args!("      syn {connection} {group:?} {choice:?}"));
         self.oracle.chosen(connection, group, choice, self.now, &self.kernel, &self.workers);
@@ -48,6 +79,17 @@ impl World {
         let seated = if rng.permille(100) { 500 } else { seated };
         let seat_groups: Vec<GroupId> = groups.iter().copied().filter(|_| rng.permille(seated)).collect();
         let workers = u16::try_from(rng.between(1, 4)).unwrap_or(1);
+        let is_kept = |group: &&GroupId| {
+            let keeps = self.engine == Engine::Ebpf && !seat_groups.contains(group);
+            keeps && self.kernel.takes_datagrams(**group)
+        };
+        let own: Vec<GroupId> = groups.iter().filter(is_kept).copied().collect();
+        let has_affinity = rng.permille(700);
+        let timeout = millis(100, 1500, rng);
+        let flow_groups = own.into_iter().filter(|_| has_affinity).map(|group| (group, timeout)).collect();
+        let datagram_groups =
+            groups.iter().filter(|group| self.kernel.takes_datagrams(**group)).copied().collect();
+        let policy = if rng.permille(250) { Policy::Cpu } else { Policy::Hash };
         let Trials { batch, canary, bake, check_interval } = Trials::draw(rng, seat_groups.is_empty());
         Plan {
             config: rng.next(),
@@ -59,6 +101,9 @@ impl World {
             check_interval,
             groups,
             seat_groups,
+            datagram_groups,
+            flow_groups,
+            policy,
             passes: u16::try_from(rng.between(1, 3)).unwrap_or(1),
             interval: millis(10, 60, rng),
             readiness: [Readiness::Notify, Readiness::Listen, Readiness::Http][rng.index(3)],

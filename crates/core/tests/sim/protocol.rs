@@ -44,6 +44,8 @@ pub(crate) struct Protocol {
     pub(crate) abandoned: BTreeSet<ListenerId>,
     pub(crate) notices: Vec<Notice>,
     pub(crate) stop: Option<(StopMode, u64)>,
+    /// The oldest generation on its way out was to end at once, then.
+    hurried: Option<u64>,
     /// Where a master found processes, but could get no handle: it can't steer there before the next switch.
     pub(crate) loose: BTreeSet<GroupId>,
     pub(crate) exit: Option<u8>,
@@ -71,6 +73,7 @@ impl Protocol {
             abandoned: BTreeSet::new(),
             notices: Vec::new(),
             stop: None,
+            hurried: None,
             loose: BTreeSet::new(),
             exit: None,
             outcomes: BTreeMap::new(),
@@ -199,6 +202,7 @@ impl Protocol {
                 let since = self.stop.map_or(now, |(_, since)| since);
                 self.stop = Some((if fast { StopMode::Fast } else { StopMode::Graceful }, since));
             }
+            Event::Hurry => self.hurried = Some(now),
             Event::Spawned { worker } => self.answered(*worker, true),
             Event::SpawnFailed { worker, .. } => self.answered(*worker, false),
             Event::Exited { worker, .. } => {
@@ -272,6 +276,7 @@ impl Protocol {
             }
             Command::Evict { .. }
             | Command::KeepKeys { .. }
+            | Command::Discard { .. }
             | Command::Anchor { .. }
             | Command::Owns { .. }
             | Command::Observe { .. }
@@ -352,7 +357,7 @@ impl Protocol {
         if signal == Signal::KillGroup && life.exited.is_none() {
             let fast = matches!(self.stop, Some((StopMode::Fast, _)));
             let unproven = !life.ready || self.failed.contains(&life.generation) || life.replaced;
-            let told = life.stopped.is_some() || self.past_drain(&life, now);
+            let told = life.stopped.is_some() || self.hurried == Some(now) || self.past_drain(&life, now);
             assert!(fast || unproven || told, "{worker:?} was killed without being told: {life:?}");
         }
         self.life(worker).killed |= signal == Signal::KillGroup;
@@ -388,8 +393,9 @@ impl Protocol {
         let socket = &kernel.sockets[&listener];
         if let Some(seat) = socket.seat {
             // The next generation may have had one made that the seat lacks.
-            let of_launched =
-                |user: &WorkerId| self.lives[user].generation > self.active.unwrap_or(Generation(0));
+            let of_launched = |user: &WorkerId| {
+                self.lives.get(user).is_none_or(|life| life.generation > self.active.unwrap_or(Generation(0)))
+            };
             let is_its = !socket.users.iter().all(of_launched);
             // Its last worker has emptied it on its way out.
             let is_left = socket.users.last().and_then(|user| self.lives.get(user));
@@ -418,7 +424,7 @@ impl Protocol {
     ) {
         let seats = self.active.map_or(0, |active| self.plans[&active].workers);
         self.callers.report(report, seats);
-        self.trial(report, kernel);
+        self.trial(report, now, kernel);
         match report {
             Report::Launching(generation, _) => {
                 assert!(self.launching.is_none(), "{generation:?} beside {:?}", self.launching);

@@ -2,6 +2,7 @@
 
 use crate::kernel::Kernel;
 use crate::life::Life;
+use crate::phases::Way;
 use crate::protocol::Protocol;
 use reuseportd_core::{Event, Generation, Number, Phase, Plan, Reason, Report, Seat, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,6 +148,13 @@ impl Protocol {
         new + (rolled.min(old - 1)..old).filter(|seat| !is_filled(from, *seat)).count()
     }
 
+    /// The way out of these workers begins, unless they are on it.
+    fn retire(&mut self, generation: Generation, now: u64, is_it: impl Fn(&Life) -> bool) {
+        for life in self.lives.values_mut().filter(|life| life.generation == generation && is_it(life)) {
+            life.retired.get_or_insert(now);
+        }
+    }
+
     fn give_up(&mut self, generation: Generation, is_it: impl Fn(Seat) -> bool) -> Vec<WorkerId> {
         let its = |life: &Life| life.generation == generation && is_it(life.seat) && !life.given_up;
         let mut given_up = Vec::new();
@@ -158,13 +166,18 @@ impl Protocol {
     }
 
     /// What an upgrade, or the operator, makes of seats.
-    pub(crate) fn trial(&mut self, report: &Report, kernel: &Kernel) {
+    pub(crate) fn trial(&mut self, report: &Report, now: u64, kernel: &Kernel) {
         let skip = |group| self.is_unclear(group);
         match report {
             Report::Entered(generation, phase) => {
                 self.phases.entered(*generation, *phase);
                 if matches!(phase, Phase::Canary | Phase::Steering) {
                     self.served(*generation);
+                }
+                let leaves = |way: &&Way| way.is_switched && *phase == Phase::Retiring;
+                let is_switched = self.phases.way.as_ref().filter(leaves);
+                if let Some(from) = is_switched.and_then(|way| way.from) {
+                    self.retire(from, now, |_| true);
                 }
             }
             Report::Failing(_, reason) => self.fails(*reason),
@@ -177,9 +190,11 @@ impl Protocol {
                 let from = self.phases.way.as_ref().and_then(|way| way.from);
                 let gone = from.map_or(0, |from| launched.min(&(self.plans[&from].workers - 1)).to_owned());
                 let old = from.map(|from| self.give_up(from, |seat| seat.0 < gone)).unwrap_or_default();
+                from.into_iter().for_each(|from| self.retire(from, now, |life| life.given_up));
                 self.phases.rolled(*launched, old, kernel, |group| unclear.contains(&group));
             }
-            Report::SteeredBack(..) => {
+            Report::SteeredBack(generation, _) => {
+                self.retire(*generation, now, |_| true);
                 self.phases.tally.steered_back += 1;
                 self.phases.way.iter_mut().for_each(|way| way.is_back = true);
             }
@@ -190,6 +205,7 @@ impl Protocol {
                 }
                 let (generation, workers) = (*generation, *workers);
                 self.give_up(generation, |seat| seat.0 >= workers);
+                self.retire(generation, now, |life| life.given_up);
                 self.forget_respawns(generation, |seat| seat.0 >= workers);
                 self.abandon(kernel, workers);
                 self.scaling.next.retain(|(of, seat), _| *of != generation || seat.0 < workers);
@@ -203,9 +219,14 @@ impl Protocol {
                 if let Some(life) = self.lives.get_mut(&next) {
                     life.given_up = false;
                 }
+                self.retire(*generation, now, |life| life.given_up);
             }
             Report::Drained(generation) => self.phases.drained(*generation),
-            Report::Ended(receipt) if self.is_new(receipt) => self.phases.ended(receipt),
+            Report::Ended(receipt) if self.is_new(receipt) => {
+                self.phases.ended(receipt);
+                // Those of seats that are no more leave with their workers, whenever that may be.
+                self.abandon_others(kernel);
+            }
             _ => {}
         }
     }

@@ -75,8 +75,9 @@ impl Oracle {
             let serves = owner.is_some_and(|(worker, id)| {
                 worker.runs && Some(worker.generation) == active && self.protocol.is_ready(id)
             });
-            let is_anchor =
-                self.engine == Engine::Ebpf && owner.is_some_and(|(worker, _)| !worker.temper.handover);
+            let is_anchor = self.engine == Engine::Ebpf
+                && !kernel.takes_datagrams(socket.group)
+                && owner.is_some_and(|(worker, _)| !worker.temper.handover);
             if !serves || (is_anchor && !anchored.insert(socket.group)) {
                 return Some(*listener);
             }
@@ -88,6 +89,7 @@ impl Oracle {
     pub(crate) fn judge_end(&self, kernel: &Kernel, workers: &Workers) {
         for (connection, listener) in &kernel.waiting {
             let excused = self.clients.get(connection).is_none_or(|client| client.excused);
+            let excused = excused && !self.waits_for_ever(*connection);
             let socket = &kernel.sockets[listener];
             let hangs = |id: WorkerId| workers[&id].orphan && workers[&id].mute.is_some();
             let excused = excused || socket.workers().any(hangs);

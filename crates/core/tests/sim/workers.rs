@@ -273,6 +273,7 @@ impl World {
             } else if let Some(connection) = self.kernel.accept(listener) {
                 // Strangers serve too, in their way.
                 self.oracle.accepted(connection);
+                self.oracle.read(connection);
             }
         }
     }
@@ -307,7 +308,12 @@ impl World {
             .collect();
         for listener in mine {
             if let Some(connection) = self.kernel.accept(listener) {
-                if self.kernel.sockets[&listener].seat.is_some() {
+                let socket = &self.kernel.sockets[&listener];
+                if self.kernel.takes_datagrams(socket.group) {
+                    self.oracle.read(connection);
+                    return self.plan_accept(id);
+                }
+                if socket.seat.is_some() {
                     self.oracle.accepted_at_seat(connection, self.workers[&id].born);
                 }
                 self.serve_connection(id, connection);

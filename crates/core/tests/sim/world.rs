@@ -67,6 +67,8 @@ pub(crate) struct World {
     pub(crate) pace: u64,
     pub(crate) clients: bool,
     pub(crate) groups: u16,
+    /// So many different flows come at a time, and others after so long.
+    pub(crate) sources: (u64, u64),
     /// How many groups have sockets of seats, per thousand.
     pub(crate) seated: u64,
     pub(crate) strangers: Vec<ListenerId>,
@@ -116,6 +118,7 @@ impl World {
             pace: 10 * MS,
             clients: true,
             groups: 1,
+            sources: (1, 1),
             seated: 0,
             strangers: Vec::new(),
             tickets: 0,
@@ -282,8 +285,12 @@ impl World {
         for group in std::mem::take(&mut self.kernel.left) {
             self.oracle.left(group);
         }
+        self.oracle.confused(std::mem::take(&mut self.kernel.confused));
         for loss in std::mem::take(&mut self.kernel.losses) {
             self.oracle.lost(loss, self.now, &self.kernel, &self.workers);
+        }
+        for dropped in std::mem::take(&mut self.kernel.dropped) {
+            self.oracle.dropped(dropped, &self.kernel, &self.workers);
         }
     }
 
@@ -349,10 +356,12 @@ impl World {
             | Command::Anchor { .. }
             | Command::Owns { .. }
             | Command::Release { .. }
+            | Command::Discard { .. }
             | Command::Observe { .. } => self.perform_on_sockets(command),
             Command::Report(report) => {
                 let latest = self.plan.as_ref();
                 self.oracle.report(&report, self.now, &mut self.plans, latest, &self.kernel, &self.workers);
+                self.remember_flows(&report);
                 self.judge_stuck(&report);
                 self.judge_trial(&report);
             }
@@ -389,9 +398,13 @@ impl World {
                 self.answer(Event::Listening { listener, result });
             }
             Command::Admit { listener, key } => {
-                let result = self.fault(10).and_then(|()| self.kernel.admit(listener, key));
-                // The program in force may name this key already.
                 let group = self.kernel.sockets[&listener].group;
+                let owner = self.kernel.sockets[&listener].owner.map(|owner| self.workers[&owner].generation);
+                let result = self.fault(10).and_then(|()| self.kernel.admit(listener, key));
+                if let Some(generation) = owner.filter(|_| result.is_ok()) {
+                    self.kernel.own(group, key, generation);
+                }
+                // The program in force may name this key already.
                 self.oracle.steered(group, &self.kernel, &self.workers);
                 self.answer(Event::Admitted { listener, result });
             }
@@ -407,6 +420,11 @@ impl World {
                 let owned = self.kernel.sockets[&listener].is_owned_by(worker);
                 self.answer(Event::Owned { listener, owned });
             }
+            Command::Discard { listener, group, generation } => {
+                let count = self.kernel.discard(listener);
+                self.settle_accounts();
+                self.answer(Event::Discarded { group, generation, count });
+            }
             Command::Release { listener, shutdown } => {
                 if shutdown {
                     self.kernel.shutdown(listener, &mut self.rng);
@@ -418,7 +436,8 @@ impl World {
                 }
             }
             Command::Observe { group } => {
-                let view = self.kernel.observe(group);
+                let view = self.kernel.observe(group, self.now);
+                self.kernel.note_seen(group);
                 let slots = self.kernel.groups.get(&group).map(|group| &group.slots);
                 self.trace(format_args!("      slots of {group:?}: {slots:?}"));
                 self.answer(Event::Observed { group, view });
@@ -437,6 +456,7 @@ impl World {
             self.kernel.make_array(group);
             self.kernel.group(group).program = program;
             self.oracle.steered(group, &self.kernel, &self.workers);
+            self.oracle.judge_policy(group, &self.kernel, &self.workers);
         }
         self.answer(Event::Steered { group, result });
     }
