@@ -3,6 +3,10 @@
 //! It answers each connection, after one line or one HTTP request, with its generation, seat and pid,
 //! and closes it. The accept loop can be made slow, so that queues build up and a listener that is closed
 //! too early loses connections for all to see.
+//!
+//! Of UDP it answers each datagram with `GENERATION SEAT PID ` and the datagram. One that is `crash` ends it with
+//! `--code`, `close` closes the socket it came to and leaves the worker alive (not in mode sdk without `--ignore-stop`), `stuck` is
+//! never answered, nor anything after it.
 
 #![forbid(unsafe_code)]
 
@@ -12,7 +16,7 @@ use std::error::Error;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,16 +27,21 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use nix::libc;
 use reuseportd_wire::env as variables;
-use reuseportd_worker::{Bound, Listen, Watchdog, Worker};
+use reuseportd_worker::{Bound, Listen, Serving, Watchdog, Worker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Socket, Type};
+
+use datagrams::Clients;
 
 /// Connections that may wait at a listener this program listens on itself.
 const BACKLOG: i32 = 4096;
 
 /// Seconds a connection stays half open for want of data, with `--defer-accept`.
 const DEFER_ACCEPT_S: usize = 5;
+
+#[path = "test_worker/datagrams.rs"]
+mod datagrams;
 
 #[derive(Debug, Clone, Parser)]
 struct Options {
@@ -48,6 +57,15 @@ struct Options {
     /// TCP_DEFER_ACCEPT: a connection is half open until its client says something.
     #[arg(long)]
     defer_accept: bool,
+    /// Milliseconds of work on each datagram, before it is answered.
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    receive_delay: u64,
+    /// Answer each UDP client on a connected socket of its own, until it was silent for so many milliseconds.
+    #[arg(long, value_name = "MS")]
+    connect: Option<u64>,
+    /// Serve on when told to stop.
+    #[arg(long)]
+    ignore_stop: bool,
     /// What goes wrong.
     #[arg(long, value_enum)]
     fail: Option<Fail>,
@@ -152,7 +170,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Mode::Plain | Mode::Activated => {
             let (stopped, stop) = io::pipe()?;
             signal_hook::low_level::pipe::register(libc::SIGTERM, OwnedFd::from(stop))?;
-            listen_myself(&options, Some(&stopped.into()))
+            listen_myself(&options, (!options.ignore_stop).then_some(&stopped.into()))
         }
         Mode::Naive => listen_myself(&options, None),
     }
@@ -172,7 +190,21 @@ fn speak_the_protocol(options: &Options) -> Result<(), Box<dyn Error>> {
         Some(Fail::Stuck) => never(),
         _ => {}
     }
-    thread::scope(|connections| serving.accept_each(|_, stream| serve(options, stream, connections)))?;
+    if options.ignore_stop {
+        let Serving { listeners, datagrams, orders: _unheard } = serving;
+        let listeners = listeners.into_iter().map(|(_, listener)| listener.into());
+        let sockets = listeners.chain(datagrams.into_iter().map(|(_, socket)| socket.into())).collect();
+        return Ok(serve_until(options, sockets, None)?);
+    }
+    let clients = Clients::default();
+    thread::scope(|threads| {
+        serving.serve_each(
+            |_, stream| serve(options, stream, threads),
+            |_, socket, datagram, peer| {
+                clients.serve(options, socket, datagram, peer, threads);
+            },
+        )
+    })?;
     Ok(())
 }
 
@@ -194,7 +226,7 @@ fn listen_myself(options: &Options, stopped: Option<&OwnedFd>) -> Result<(), Box
     }
     for socket in &sockets {
         // What was passed listens already, with the backlog of the one who made it.
-        if !socket.is_listener()? {
+        if !is_datagram(socket)? && !socket.is_listener()? {
             socket.listen(BACKLOG)?;
         }
     }
@@ -208,14 +240,27 @@ fn listen_myself(options: &Options, stopped: Option<&OwnedFd>) -> Result<(), Box
     if options.fail == Some(Fail::Stuck) {
         never();
     }
-    thread::scope(|threads| -> io::Result<()> {
-        let loops = sockets
-            .into_iter()
-            .map(|socket| threads.spawn(move || accept_until(options, &socket.into(), stopped, threads)));
-        let loops: Vec<_> = loops.collect();
+    Ok(serve_until(options, sockets, stopped)?)
+}
+
+/// Each socket in a thread.
+fn serve_until(options: &Options, sockets: Vec<Socket>, stopped: Option<&OwnedFd>) -> io::Result<()> {
+    let clients = Clients::default();
+    thread::scope(|threads| {
+        let clients = &clients;
+        let serve = |socket: Socket| {
+            threads.spawn(move || match is_datagram(&socket)? {
+                true => datagrams::receive_until(options, socket.into(), stopped, clients, threads),
+                false => accept_until(options, &socket.into(), stopped, threads),
+            })
+        };
+        let loops: Vec<_> = sockets.into_iter().map(serve).collect();
         loops.into_iter().try_for_each(|one| one.join().unwrap_or(Ok(())))
-    })?;
-    Ok(())
+    })
+}
+
+fn is_datagram(socket: &Socket) -> io::Result<bool> {
+    Ok(socket.r#type()? == Type::DGRAM)
 }
 
 /// The passed sockets by name. Their numbers own nothing: each is taken as if from another process, and then closed.
@@ -238,23 +283,34 @@ fn accept_until<'scope>(
     stopped: Option<&OwnedFd>,
     connections: &'scope Scope<'scope, '_>,
 ) -> io::Result<()> {
+    until(listener, stopped, || match listener.accept() {
+        Ok((stream, _)) => {
+            serve(options, stream, connections);
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        Err(error) => Err(error),
+    })
+}
+
+/// Acts when the socket can be read, until `stopped` can be.
+fn until(
+    socket: impl AsFd,
+    stopped: Option<&OwnedFd>,
+    mut act: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
     let mut watchdog = Watchdog::from_env().map_err(io::Error::other)?;
     loop {
         let timeout = watchdog.as_mut().map(Watchdog::feed).transpose().map_err(io::Error::other)?;
         let timeout = timeout.map(|timeout| Timespec::try_from(timeout).unwrap_or_default());
-        let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(&socket, PollFlags::IN)];
         fds.extend(stopped.map(|stopped| PollFd::new(stopped, PollFlags::IN)));
         rustix::io::retry_on_intr(|| poll(&mut fds, timeout.as_ref()))?;
         if fds.get(1).is_some_and(|stopped| !stopped.revents().is_empty()) {
             return Ok(());
         }
-        if fds[0].revents().is_empty() {
-            continue;
-        }
-        match listener.accept() {
-            Ok((stream, _)) => serve(options, stream, connections),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        if !fds[0].revents().is_empty() {
+            act()?;
         }
     }
 }
@@ -275,8 +331,12 @@ fn serve<'scope>(options: &'scope Options, stream: TcpStream, connections: &'sco
 
 /// Logs what became of a connection.
 fn note(options: &Options, stream: &TcpStream, what: &str) {
-    let Some(path) = &options.log else { return };
     let peer = stream.peer_addr().map_or_else(|_| "gone".to_owned(), |peer| peer.to_string());
+    log(options, &peer, what);
+}
+
+fn log(options: &Options, peer: &str, what: &str) {
+    let Some(path) = &options.log else { return };
     let line = format!("{} peer={peer} {what}\n", who());
     let file = OpenOptions::new().create(true).append(true).open(path);
     if let Err(error) = file.and_then(|mut file| file.write_all(line.as_bytes())) {
@@ -298,13 +358,16 @@ fn bind(options: &Options, listen: &Listen) -> io::Result<Socket> {
         }
         _ => listen.address,
     };
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
+    let is_tcp = listen.protocol == variables::Protocol::Tcp;
+    let kind = if is_tcp { Type::STREAM } else { Type::DGRAM };
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    // With UDP it would let anybody share the port.
+    socket.set_reuse_address(is_tcp)?;
     socket.set_reuse_port(options.fail != Some(Fail::NoReuseport))?;
     if address.is_ipv6() {
         socket.set_only_v6(options.v6only)?;
     }
-    if options.defer_accept {
+    if options.defer_accept && is_tcp {
         nix::sys::socket::setsockopt(&socket, DeferAccept, &DEFER_ACCEPT_S)?;
     }
     socket.bind(&address.into())?;

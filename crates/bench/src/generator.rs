@@ -5,10 +5,9 @@ use crate::fate::{Fate, Kind};
 use crate::ledger::Ledger;
 use crate::live::Shared;
 use crate::schedule::{Agenda, Due, Random};
+use crate::wait::{EVENTS_PER_TURN, wait};
 use crate::{Error, Report, Spec};
-use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, Timespec, epoll};
-use rustix::io::Errno;
+use rustix::event::epoll;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +16,6 @@ use std::time::{Duration, Instant};
 const LOSS_PAUSE: Duration = Duration::from_millis(50);
 /// In how many pieces half of the slow connections send their request.
 const SLOW_PIECES: u32 = 4;
-const EVENTS_PER_TURN: usize = 512;
 
 /// One run.
 #[derive(Debug)]
@@ -90,41 +88,17 @@ impl Generator {
             if self.stopping && self.free.len() == self.slots.len() {
                 return self.ledger.close(&self.spec);
             }
-            self.wait(&mut events)?;
+            let stop = (!self.stopping).then(|| self.shared.stop_wish());
+            if wait(&self.epoll, stop, self.agenda.next_at(), &mut events)? {
+                self.stop();
+            }
             for event in events.drain(..) {
-                let event: epoll::Event = event;
                 // The kernel hands back what `issue` gave it: a slot's index.
                 if let Ok(slot) = usize::try_from(event.data.u64()) {
                     self.advance(slot, Connection::ready);
                 }
             }
         }
-    }
-
-    /// Sleeps until a connection is ready, something is due, or the run is to stop.
-    ///
-    /// By ppoll(2) on the epoll, because epoll_wait(2) rounds to milliseconds: too coarse for thousands of arrivals.
-    fn wait(&mut self, events: &mut Vec<epoll::Event>) -> Result<(), Error> {
-        let wait = self.agenda.next_at().map(|at| at.saturating_duration_since(Instant::now()));
-        let timeout = wait.and_then(|wait| Timespec::try_from(wait).ok());
-        let mut sources = [
-            PollFd::new(&self.epoll, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.shared.stop_wish(), PollFlags::IN),
-        ];
-        let watched = if self.stopping { 1 } else { 2 };
-        match rustix::event::poll(&mut sources[..watched], timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(Error::generator("poll", errno)),
-        }
-        let stop = !sources[1].revents().is_empty();
-        match epoll::wait(&self.epoll, spare_capacity(events), Some(&Timespec::default())) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(Error::generator("epoll_wait", errno)),
-        }
-        if stop {
-            self.stop();
-        }
-        Ok(())
     }
 
     fn act(&mut self, at: Instant, due: Due) -> Result<(), Error> {

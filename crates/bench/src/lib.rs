@@ -5,6 +5,8 @@
 //! the report is refused if the sums differ. Faults of the generator itself ([`Fate::LocalError`]) are kept apart from
 //! losses: they make a run worthless instead of making the server look bad, or good.
 //!
+//! [`flows`] does the same for UDP services.
+//!
 //! ```no_run
 //! use reuseportd_bench::{Spec, spawn};
 //! use std::time::Duration;
@@ -21,6 +23,7 @@
 mod connection;
 mod error;
 mod fate;
+pub mod flows;
 mod generator;
 mod ledger;
 mod live;
@@ -28,6 +31,7 @@ mod reply;
 mod report;
 mod schedule;
 mod spec;
+mod wait;
 
 pub use error::Error;
 pub use fate::{Fate, Fates, Kind};

@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 /// The counters of a run that goes on.
 #[derive(Clone, Debug, Default)]
 pub struct Live {
-    /// Connections begun.
+    /// Connections begun; of a load of flows: datagrams sent.
     pub issued: u64,
     /// Right answers so far.
     pub answers: u64,
-    /// Connections that have ended, by fate.
+    /// Connections that have ended, by fate. Flows have none.
     pub fates: Fates,
     /// Right answers by the generation that gave them.
     pub generations: BTreeMap<u32, u64>,
@@ -49,7 +49,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new() -> Result<Arc<Self>, Error> {
+    pub(crate) fn new() -> Result<Arc<Self>, Error> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| Error::generator("eventfd", errno))?;
         let (live, changed) = (Mutex::default(), Condvar::new());
         Ok(Arc::new(Self { live, changed, floor: AtomicU32::new(0), stop }))
@@ -93,17 +93,7 @@ pub fn run(spec: Spec) -> Result<Report, Error> {
 pub fn spawn(spec: Spec) -> Result<Running, Error> {
     let shared = Shared::new()?;
     let generator = Generator::new(spec, Arc::clone(&shared))?;
-    let started = generator.started();
-    let at_end = AtEnd(Arc::clone(&shared));
-    let body = move || {
-        let _at_end = at_end;
-        generator.run()
-    };
-    let thread = std::thread::Builder::new()
-        .name("load".into())
-        .spawn(body)
-        .map_err(|source| Error::generator("thread", source))?;
-    Ok(Running { shared, started, thread: Some(thread) })
+    Running::start(shared, generator.started(), move || generator.run())
 }
 
 /// Tells the watchers that nothing more comes, however the thread ends.
@@ -117,13 +107,32 @@ impl Drop for AtEnd {
 
 /// A run in its own thread. Dropping it asks the run to stop and does not wait.
 #[derive(Debug)]
-pub struct Running {
+pub struct Running<R = Report> {
     shared: Arc<Shared>,
     started: Instant,
-    thread: Option<JoinHandle<Result<Report, Error>>>,
+    thread: Option<JoinHandle<Result<R, Error>>>,
 }
 
-impl Running {
+impl<R: Send + 'static> Running<R> {
+    pub(crate) fn start(
+        shared: Arc<Shared>,
+        started: Instant,
+        run: impl FnOnce() -> Result<R, Error> + Send + 'static,
+    ) -> Result<Self, Error> {
+        let at_end = AtEnd(Arc::clone(&shared));
+        let body = move || {
+            let _at_end = at_end;
+            run()
+        };
+        let thread = std::thread::Builder::new()
+            .name("load".into())
+            .spawn(body)
+            .map_err(|source| Error::generator("thread", source))?;
+        Ok(Self { shared, started, thread: Some(thread) })
+    }
+}
+
+impl<R> Running<R> {
     /// The instant from which the report counts its times.
     #[must_use]
     pub fn started(&self) -> Instant {
@@ -187,7 +196,7 @@ impl Running {
     ///
     /// # Errors
     /// What ended the run early: see [`run`].
-    pub fn stop_and_join(mut self) -> Result<Report, Error> {
+    pub fn stop_and_join(mut self) -> Result<R, Error> {
         self.stop();
         self.join()
     }
@@ -196,7 +205,7 @@ impl Running {
     ///
     /// # Errors
     /// What ended the run early: see [`run`].
-    pub fn join(&mut self) -> Result<Report, Error> {
+    pub fn join(&mut self) -> Result<R, Error> {
         let thread = self.thread.take().ok_or(Error::Panicked)?;
         thread.join().map_err(|_| Error::Panicked)?
     }
@@ -208,7 +217,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl<R> Drop for Running<R> {
     fn drop(&mut self) {
         self.stop();
     }

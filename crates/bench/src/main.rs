@@ -2,7 +2,9 @@
 
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
-use reuseportd_bench::{Error, Protocol, Report, Spec, raise_open_files_limit, run};
+use reuseportd_bench::{Error, Protocol, Spec, flows, raise_open_files_limit, run};
+use serde::Serialize;
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -20,6 +22,69 @@ struct Cli {
 enum Command {
     /// Open-loop load on one address; exit code 0 only if nothing was lost
     Load(Load),
+    /// Flows of datagrams to one UDP address; exit code 0 only if every datagram was answered
+    Flows(Flows),
+}
+
+#[derive(Args)]
+struct Flows {
+    /// Where the service receives; it answers each datagram with `GENERATION SEAT PID ` and the datagram
+    address: SocketAddr,
+    /// Flows that last as long as the run
+    #[arg(long, default_value_t = 0)]
+    flows: u32,
+    /// Datagrams per second of all flows together, in turn
+    #[arg(long, default_value_t = 0.0)]
+    rate: f64,
+    /// Further flows begun per second, each with a datagram at once
+    #[arg(long, default_value_t = 0.0)]
+    new_flows: f64,
+    /// How long each of these lasts
+    #[arg(long, default_value = "1s", value_parser = duration)]
+    new_life: Duration,
+    /// How many of the lasting flows are silent at times
+    #[arg(long, default_value_t = 0)]
+    pausing: u32,
+    /// How long these speak before they are silent
+    #[arg(long, default_value = "1s", value_parser = duration)]
+    speak: Duration,
+    /// How long they are silent
+    #[arg(long, default_value = "1s", value_parser = duration)]
+    pause: Duration,
+    /// How long datagrams are sent
+    #[arg(long = "for", default_value = "10s", value_parser = duration, value_name = "DURATION")]
+    duration: Duration,
+    /// End after this many datagrams
+    #[arg(long)]
+    limit: Option<u64>,
+    /// How long answers are waited for after the last datagram
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    answer_timeout: Duration,
+    /// Receive buffer of each flow in bytes, as far as the kernel grants it
+    #[arg(long, default_value_t = 4 << 20)]
+    receive_buffer: usize,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Flows {
+    fn spec(&self) -> flows::Spec {
+        flows::Spec {
+            target: self.address,
+            flows: self.flows,
+            rate: self.rate,
+            new_flows: self.new_flows,
+            new_life: self.new_life,
+            pausing: self.pausing,
+            speak: self.speak,
+            pause: self.pause,
+            duration: Some(self.duration),
+            limit: self.limit,
+            answer_timeout: self.answer_timeout,
+            receive_buffer: self.receive_buffer,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -120,19 +185,34 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
-    let Command::Load(load) = Cli::parse().command;
+    let command = Cli::parse().command;
     if let Err(error) = raise_open_files_limit() {
         eprintln!("reuseportd-bench: warning: limit of open files not raised: {error}");
     }
-    let report = match run(load.spec()) {
+    match command {
+        Command::Load(load) => {
+            finish(run(load.spec()), load.json, |report| report.lost() == 0 && report.valid())
+        }
+        Command::Flows(load) => {
+            finish(flows::run(load.spec()), load.json, |report| report.lost() == 0 && report.valid())
+        }
+    }
+}
+
+fn finish<R: Serialize + Display>(
+    report: Result<R, Error>,
+    json: bool,
+    is_good: impl Fn(&R) -> bool,
+) -> ExitCode {
+    let report = match report {
         Ok(report) => report,
         Err(error) => {
             eprintln!("reuseportd-bench: {error}");
             return ExitCode::from(if matches!(error, Error::Spec(_)) { 2 } else { 1 });
         }
     };
-    match show(&report, load.json) {
-        Ok(()) if report.lost() == 0 && report.valid() => ExitCode::SUCCESS,
+    match show(&report, json) {
+        Ok(()) if is_good(&report) => ExitCode::SUCCESS,
         Ok(()) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("reuseportd-bench: the report can't be written: {error}");
@@ -141,7 +221,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn show(report: &Report, json: bool) -> io::Result<()> {
+fn show(report: &(impl Serialize + Display), json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json {
         serde_json::to_writer_pretty(&mut out, report)?;

@@ -132,7 +132,7 @@ impl Report {
     }
 }
 
-fn seconds(micros: u64) -> f64 {
+pub(crate) fn seconds(micros: u64) -> f64 {
     micros as f64 / 1e6
 }
 

@@ -24,9 +24,9 @@ pub const LISTENERS_MAX: usize = 60;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromWorker {
     /// `ready NAME...`: it has initialised. `SCM_RIGHTS` carries one bound, not yet listening socket per
-    /// name, in this order.
+    /// name, in this order. One of UDP never listens, and may have been given datagrams already.
     Ready(Vec<String>),
-    /// `drained`: after `stop`, every listener was accepted empty and closed.
+    /// `drained`: after `stop`, every listener was accepted empty, every UDP socket received empty, and all closed.
     Drained,
     /// `taken NAME COUNT`: the leftovers of a dead sibling's listener are accepted, its descriptor is closed.
     Taken {
@@ -46,8 +46,8 @@ pub enum FromWorker {
 pub enum ToWorker {
     /// `serve`: the master has called `listen()` on the worker's sockets; accept.
     Serve,
-    /// `stop`: accept until EAGAIN on every listener, close them, say `drained`, finish open
-    /// connections, exit.
+    /// `stop`: accept until EAGAIN on every listener, receive until EAGAIN from every UDP socket, close them, say
+    /// `drained`, finish open connections, exit.
     Stop,
     /// `take NAME`: one descriptor is attached, the listener of a dead sibling. Accept from it until
     /// EAGAIN, close it, answer `taken NAME COUNT`, serve what was accepted.

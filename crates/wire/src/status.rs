@@ -296,10 +296,16 @@ pub struct WorkerStatus {
 pub struct WorkerListener {
     /// Name of the listener in the config.
     pub name: String,
-    /// Connections waiting to be accepted.
+    /// Connections waiting to be accepted; null for UDP.
     pub accept_queue: Option<u32>,
-    /// Most connections that may wait.
+    /// Most connections that may wait; null for UDP.
     pub backlog: Option<u32>,
+    /// UDP: bytes of the kernel's memory that waiting datagrams take up; null for TCP.
+    #[serde(default)]
+    pub receive_queue: Option<u32>,
+    /// Connections, or datagrams, that the kernel dropped here because too many waited.
+    #[serde(default)]
+    pub drops: Option<u32>,
 }
 
 /// One configured listener.
@@ -322,9 +328,16 @@ pub struct ListenerStatus {
     /// Connections of ended workers that a sibling accepted, since the master started.
     #[serde(default)]
     pub leftovers_taken: u64,
-    /// Connections of ended workers that had no one to go to, since the master started: lost, and counted here.
+    /// Connections, or datagrams, of ended workers that had no one to go to, since the master started: lost, and counted
+    /// here.
     #[serde(default)]
     pub leftovers_lost: u64,
+    /// UDP: flows that began; null where none are remembered.
+    #[serde(default)]
+    pub flows_begun: Option<u64>,
+    /// UDP: of flows that were not idle at least so many were forgotten, because the table is too small.
+    #[serde(default)]
+    pub flows_forgotten: Option<u64>,
 }
 
 /// What an upgrade did.

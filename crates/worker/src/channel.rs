@@ -24,8 +24,9 @@ use crate::{Bound, Error, Watchdog};
 /// carried out once more, finds nothing left to do.
 #[derive(Debug)]
 pub enum Order {
-    /// [`drain`](crate::drain) every listener, close it, say [`Orders::drained`], finish open
-    /// connections, exit. SIGTERM is this order too: it needs no channel.
+    /// [`drain`](crate::drain) every listener and [`drain_datagrams`](crate::drain_datagrams) every UDP socket, close
+    /// them, say [`Orders::drained`] once for all, finish open connections, exit. SIGTERM is this order too: it needs no
+    /// channel.
     Stop,
     /// [`drain`](crate::drain) the listener of a dead sibling, close it, say [`Orders::taken`], and serve
     /// what was accepted.
@@ -136,7 +137,7 @@ impl Orders {
         }
     }
 
-    /// Says that after [`Order::Stop`] every listener was accepted empty and closed.
+    /// Says that after [`Order::Stop`] every listener and UDP socket was emptied and closed.
     ///
     /// # Errors
     /// The channel fails; a master that is gone is no error.

@@ -27,9 +27,9 @@ pub enum Error {
     /// `REUSEPORTD_LISTEN` is not understood.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The SDK binds TCP only.
-    #[error("listener {name} is not TCP: bind it yourself and hand it over with Bound::new")]
-    Protocol {
+    /// There is a UDP socket, whose datagrams nobody would read.
+    #[error("listener {name} is UDP, and accept_each serves TCP only: call serve_each")]
+    Datagrams {
         /// The listener's name.
         name: String,
     },
@@ -45,7 +45,7 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
-    /// A system call on the channel or while accepting failed.
+    /// A system call on the channel, or while accepting or receiving, failed.
     #[error("{action}: {source}")]
     Io {
         /// What was done to what.
@@ -71,7 +71,7 @@ impl Error {
 fn remedy(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::AddrInUse => {
-            " (a socket without SO_REUSEPORT, or of another user, holds the address: `ss -ltnp` shows it)"
+            " (a socket without SO_REUSEPORT, or of another user, holds the address: `ss -tulnp` shows it)"
         }
         io::ErrorKind::PermissionDenied => " (a port below 1024 needs CAP_NET_BIND_SERVICE)",
         _ => "",

@@ -5,6 +5,9 @@
 //! says `stop`, no new connection is chosen for this worker any more: it accepts what is left in its
 //! queues, closes its listeners, says `drained`, finishes its open connections and exits.
 //!
+//! A UDP socket does not listen: it belongs to its address from `bind` on, and what the master has sent to it waits
+//! there until the worker receives. Told to stop, the worker receives what waits in it before it closes it.
+//!
 //! The SDK blocks, starts no thread and brings no runtime. A threaded program needs no more than this:
 //!
 //! ```no_run
@@ -22,8 +25,9 @@
 //! # }
 //! ```
 //!
-//! A program with a loop of its own takes [`Serving`] apart: `listeners` are plain
-//! [`std::net::TcpListener`]s, `orders` can be polled, and [`drain`] empties a listener.
+//! [`Serving::serve_each`] serves UDP as well. A program with a loop of its own takes [`Serving`] apart: `listeners` are
+//! plain [`std::net::TcpListener`]s, `datagrams` plain [`std::net::UdpSocket`]s, `orders` can be polled, and [`drain`]
+//! and [`drain_datagrams`] empty them.
 //!
 //! SIGTERM is understood as `stop`, also when the master is gone. Where the master has a watchdog, the waiting and the
 //! accepting of the SDK give it signs of life; a program with a loop of its own takes [`Watchdog`].
@@ -33,19 +37,22 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod datagram;
 mod error;
 mod listener;
+mod serving;
 mod watchdog;
 
 pub use channel::{Order, Orders};
+pub use datagram::drain_datagrams;
 pub use error::Error;
 pub use listener::{Bound, drain};
 pub use reuseportd_wire::env::{Listen, Protocol};
+pub use serving::Serving;
 pub use socket2::Socket;
 pub use watchdog::Watchdog;
 
 use std::ffi::OsString;
-use std::net::TcpListener;
 use std::str::FromStr;
 
 use reuseportd_wire::env;
@@ -129,7 +136,7 @@ impl Worker {
     /// The same, with `set_options` called for each socket before it is bound.
     ///
     /// # Errors
-    /// An address that can't be bound, a listener that is not TCP, or what `set_options` returned.
+    /// An address that can't be bound, or what `set_options` returned.
     pub fn bind_with(
         &self,
         mut set_options: impl FnMut(&Listen, &Socket) -> std::io::Result<()>,
@@ -137,7 +144,7 @@ impl Worker {
         self.listen.iter().map(|listen| Bound::bind(listen, &mut set_options)).collect()
     }
 
-    /// Hands the sockets over and waits until the master says `serve`: from then on connections arrive.
+    /// Hands the sockets over and waits until the master says `serve`: from then on connections and datagrams arrive.
     /// `None` means that it said `stop` instead (the upgrade failed elsewhere): exit with 0.
     ///
     /// Call it when everything else is initialised: the master counts this worker as ready. From here on SIGTERM is
@@ -163,8 +170,8 @@ impl Worker {
                 orders
             }
         };
-        let listeners = bound.into_iter().map(Bound::into_listener).collect();
-        Ok(Some(Serving { listeners, orders }))
+        let (listeners, datagrams) = Bound::sort(bound)?;
+        Ok(Some(Serving { listeners, datagrams, orders }))
     }
 
     /// Tells the master why this worker can't go on; the text is in the reason of the failed upgrade.
@@ -174,15 +181,6 @@ impl Worker {
     pub fn error(&self, text: &str) -> Result<(), Error> {
         self.channel.as_ref().map_or(Ok(()), |channel| channel.send_error(text))
     }
-}
-
-/// A worker that accepts connections.
-#[derive(Debug)]
-pub struct Serving {
-    /// The listeners with their names, in the order they were handed over.
-    pub listeners: Vec<(String, TcpListener)>,
-    /// What the master says from now on.
-    pub orders: Orders,
 }
 
 /// Looks a variable up.

@@ -1,21 +1,25 @@
-//! Sockets before and after `serve`: bind, accept, drain.
+//! Sockets before `serve`, and the listening ones after it: bind, accept, drain.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 use socket2::{Domain, Socket, Type};
 
-use crate::{Error, Listen, Order, Orders, Protocol, Serving, Watchdog};
+use crate::{Error, Listen, Protocol, Watchdog};
 
 /// How long to wait before accepting again when descriptors or memory have run out: no event tells
 /// when there are some again.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(20);
 
-/// A socket that has an address and does not listen yet.
+/// Sockets with their names.
+pub(crate) type Named<Of> = Vec<(String, Of)>;
+
+/// A socket that has an address and does not listen yet. One of UDP never does: it can be given datagrams from now on,
+/// which wait in it.
 #[derive(Debug)]
 pub struct Bound {
     name: String,
@@ -25,6 +29,7 @@ pub struct Bound {
 impl Bound {
     /// A socket of the program's own making: bound with SO_REUSEPORT to the address that
     /// [`Worker::listen`](crate::Worker::listen) names for `name`, and not listening.
+    /// Set SO_REUSEADDR for TCP only: with UDP it lets anybody share the port.
     #[must_use]
     pub fn new(name: &str, socket: impl Into<OwnedFd>) -> Self {
         Self { name: name.to_owned(), socket: socket.into().into() }
@@ -40,26 +45,41 @@ impl Bound {
         listen: &Listen,
         set_options: &mut impl FnMut(&Listen, &Socket) -> io::Result<()>,
     ) -> Result<Self, Error> {
-        if listen.protocol != Protocol::Tcp {
-            return Err(Error::Protocol { name: listen.name.clone() });
-        }
         let failed = |action| {
             move |source| Error::Socket { action, name: listen.name.clone(), address: listen.address, source }
         };
         let domain = Domain::for_address(listen.address);
-        let socket = Socket::new(domain, Type::STREAM, None).map_err(failed("make the socket of"))?;
-        set_defaults(&socket, listen.address).map_err(failed("set SO_REUSEPORT on"))?;
+        let kind = match listen.protocol {
+            Protocol::Tcp => Type::STREAM,
+            Protocol::Udp => Type::DGRAM,
+        };
+        let socket = Socket::new(domain, kind, None).map_err(failed("make the socket of"))?;
+        set_defaults(&socket, listen).map_err(failed("set SO_REUSEPORT on"))?;
         set_options(listen, &socket).map_err(failed("set the program's options on"))?;
         socket.bind(&listen.address.into()).map_err(failed("bind"))?;
         Ok(Self { name: listen.name.clone(), socket })
     }
 
-    pub(crate) fn listen(&self, backlog: i32) -> Result<(), Error> {
-        self.socket.listen(backlog).map_err(Error::io("listen"))
+    fn is_datagram(&self) -> Result<bool, Error> {
+        Ok(self.socket.r#type().map_err(Error::io("ask for the type of a socket"))? == Type::DGRAM)
     }
 
-    pub(crate) fn into_listener(self) -> (String, TcpListener) {
-        (self.name, self.socket.into())
+    /// Listens, if it is a socket that does.
+    pub(crate) fn listen(&self, backlog: i32) -> Result<(), Error> {
+        if self.is_datagram()? { Ok(()) } else { self.socket.listen(backlog).map_err(Error::io("listen")) }
+    }
+
+    /// Those that listen, and those that receive without.
+    pub(crate) fn sort(bound: Vec<Self>) -> Result<(Named<TcpListener>, Named<UdpSocket>), Error> {
+        let (mut listeners, mut datagrams) = (Vec::new(), Vec::new());
+        for one in bound {
+            if one.is_datagram()? {
+                datagrams.push((one.name, one.socket.into()));
+            } else {
+                listeners.push((one.name, one.socket.into()));
+            }
+        }
+        Ok((listeners, datagrams))
     }
 }
 
@@ -69,11 +89,12 @@ impl AsFd for Bound {
     }
 }
 
-fn set_defaults(socket: &Socket, address: SocketAddr) -> io::Result<()> {
-    // For the restart of a whole service: connections in TIME_WAIT must not keep the port.
-    socket.set_reuse_address(true)?;
+fn set_defaults(socket: &Socket, listen: &Listen) -> io::Result<()> {
+    // For the restart of a whole service: connections in TIME_WAIT must not keep the port. UDP has no such thing; there
+    // it would let any user's socket take the port's datagrams.
+    socket.set_reuse_address(listen.protocol == Protocol::Tcp)?;
     socket.set_reuse_port(true)?;
-    if address.is_ipv6() {
+    if listen.address.is_ipv6() {
         // The default depends on a sysctl; the group does not. `set_options` may choose otherwise.
         socket.set_only_v6(false)?;
     }
@@ -90,7 +111,7 @@ pub fn drain(listener: &TcpListener, accepted: impl FnMut(TcpStream)) -> Result<
     drain_alive(listener, &mut None, accepted)
 }
 
-fn drain_alive(
+pub(crate) fn drain_alive(
     listener: &TcpListener,
     watchdog: &mut Option<Watchdog>,
     mut accepted: impl FnMut(TcpStream),
@@ -110,68 +131,6 @@ fn drain_alive(
     }
 }
 
-impl Serving {
-    /// Accepts connections and carries out the master's orders, until told to stop: then the queues are
-    /// drained, the listeners closed, the master told, and this returns. What remains is to finish the
-    /// open connections and exit.
-    ///
-    /// `serve` is called for each connection with the listener's name, from this thread: hand the
-    /// connection to another, or serve it here and let the others wait.
-    ///
-    /// # Errors
-    /// The channel or a listener fails.
-    pub fn accept_each(self, mut serve: impl FnMut(&str, TcpStream)) -> Result<(), Error> {
-        let Self { mut listeners, mut orders } = self;
-        let mut watchdog = Watchdog::from_env()?;
-        for (_, listener) in &listeners {
-            set_nonblocking(listener)?;
-        }
-        let mut is_master_gone = false;
-        while !is_master_gone || !listeners.is_empty() {
-            let timeout = watchdog.as_mut().map(Watchdog::feed).transpose()?;
-            for index in ready_listeners(&listeners, &orders, timeout)? {
-                let (name, listener) = &listeners[index];
-                match accept(listener)? {
-                    Accepted::Stream(stream) => serve(name, stream),
-                    Accepted::Empty => {}
-                    Accepted::Exhausted => pause()?,
-                    Accepted::Closed => drop(listeners.remove(index)),
-                }
-            }
-            match orders.try_next_order() {
-                None => {}
-                Some(Order::MasterGone) => is_master_gone = true,
-                Some(Order::Take { name, listener }) => {
-                    let count = drain_alive(&listener, &mut watchdog, |stream| serve(&name, stream))?;
-                    drop(listener);
-                    orders.taken(&name, count)?;
-                }
-                Some(Order::Stop) => {
-                    for (name, listener) in listeners {
-                        drain_alive(&listener, &mut watchdog, |stream| serve(&name, stream))?;
-                    }
-                    return orders.drained();
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Waits for a connection or an order, `timeout` at the most, and says which listeners have a connection: the last
-/// first, so that one of them can be removed.
-fn ready_listeners(
-    listeners: &[(String, TcpListener)],
-    orders: &Orders,
-    timeout: Option<Duration>,
-) -> Result<Vec<usize>, Error> {
-    let mut fds: Vec<_> =
-        listeners.iter().map(|(_, listener)| PollFd::new(listener, PollFlags::IN)).collect();
-    fds.push(PollFd::new(orders, PollFlags::IN));
-    wait(&mut fds, timeout).map_err(Error::io("wait for connections"))?;
-    Ok((0..listeners.len()).rev().filter(|&index| !fds[index].revents().is_empty()).collect())
-}
-
 /// A signal may end it early.
 pub(crate) fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> rustix::io::Result<()> {
     let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
@@ -181,7 +140,7 @@ pub(crate) fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> rustix:
     }
 }
 
-enum Accepted {
+pub(crate) enum Accepted {
     Stream(TcpStream),
     Empty,
     /// Descriptors or memory have run out; something may wait.
@@ -190,7 +149,7 @@ enum Accepted {
     Closed,
 }
 
-fn accept(listener: &TcpListener) -> Result<Accepted, Error> {
+pub(crate) fn accept(listener: &TcpListener) -> Result<Accepted, Error> {
     loop {
         let source = match listener.accept() {
             Ok((stream, _)) => return Ok(Accepted::Stream(stream)),
@@ -220,10 +179,10 @@ fn accept(listener: &TcpListener) -> Result<Accepted, Error> {
     }
 }
 
-fn pause() -> Result<(), Error> {
-    wait(&mut [], Some(EXHAUSTED_PAUSE)).map_err(Error::io("wait for descriptors to become free"))
+pub(crate) fn pause() -> Result<(), Error> {
+    wait(&mut [], Some(EXHAUSTED_PAUSE)).map_err(Error::io("wait for descriptors or memory to become free"))
 }
 
-fn set_nonblocking(listener: &TcpListener) -> Result<(), Error> {
+pub(crate) fn set_nonblocking(listener: &TcpListener) -> Result<(), Error> {
     listener.set_nonblocking(true).map_err(Error::io("make a listener non-blocking"))
 }
