@@ -12,8 +12,10 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use reuseportd_sys::bpf::{BpfError, bind};
+use reuseportd_sys::bpf::BpfError;
+use reuseportd_sys::bpf::bind::{self, Rule};
 use reuseportd_sys::cgroup;
+use reuseportd_sys::diag::Protocol;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sha2::{Digest, Sha256};
 
@@ -83,25 +85,26 @@ pub(crate) fn make(path: &Path) -> Result<(), ForceError> {
 }
 
 /// `cgroup.procs` of the cgroup for these addresses in the app's.
-pub(crate) fn open(app: &Path, addresses: &[SocketAddr]) -> Result<File, ForceError> {
-    let path = app.join(name(addresses));
+pub(crate) fn open(app: &Path, rules: &[Rule]) -> Result<File, ForceError> {
+    let path = app.join(name(rules));
     let failed = |source| ForceError::Make { path: path.clone(), source };
     make(&path)?;
     let directory = File::open(&path).map_err(failed)?;
-    bind::force_reuseport(directory.as_fd(), addresses)?;
+    bind::force_reuseport(directory.as_fd(), rules)?;
     File::options().write(true).open(path.join("cgroup.procs")).map_err(failed)
 }
 
-fn name(addresses: &[SocketAddr]) -> String {
-    short_hash(&addresses.iter().map(|address| format!("{address} ")).collect::<String>())
+fn name(rules: &[Rule]) -> String {
+    short_hash(&rules.iter().map(|rule| format!("{rule:?} ")).collect::<String>())
 }
 
 /// Tries in the app's cgroup what workers are going to do.
 pub(crate) fn try_in(app: &Path) -> Result<(), ForceError> {
     // Which port it is does not matter to the program, and the kernel has always a free one.
     let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let path = app.join(name(&[any]));
-    let tried = open(app, &[any]).and_then(|procs| {
+    let rules = [(Protocol::Tcp, any)];
+    let path = app.join(name(&rules));
+    let tried = open(app, &rules).and_then(|procs| {
         let bound = cgroup::binds_with_reuseport(procs.as_fd(), any);
         match bound.map_err(|source| ForceError::Try { path: path.clone(), source })? {
             true => Ok(()),

@@ -119,7 +119,7 @@ const MALFORMED: &[Case] = &[
     ),
     case("@APP\n@LISTEN\n[upgrade]\ncheck = [\"a\"]\n", "6:9", &["upgrade.check: would never run"]),
     // Not yet.
-    case("@APP\n@LISTEN\nprotocol = \"udp\"\n", "5:12", &["listen[0].protocol: not supported yet"]),
+    case("@APP\n[console]\nlisten = \"127.0.0.1:9180\"\n@LISTEN\n", "4:10", &["console.listen: not supported yet"]),
     case(
         "@APP\n[[listen]]\naddress = \"unix:/run/w.sock\"\n",
         "4:11",

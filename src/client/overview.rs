@@ -5,8 +5,8 @@ use std::fmt::Write;
 
 use jiff::Timestamp;
 use reuseportd_wire::status::{
-    ExecutableInfo, GenerationState, GenerationStatus, ListenerStatus, MasterState, Status, WorkerState,
-    WorkerStatus,
+    ExecutableInfo, GenerationState, GenerationStatus, ListenerStatus, MasterState, Protocol, Status,
+    WorkerState, WorkerStatus,
 };
 
 use super::receipt;
@@ -153,13 +153,16 @@ fn queue(worker: &WorkerStatus, name: &str) -> Cell {
         .listeners
         .iter()
         .filter(|listener| listener.name == name)
-        .max_by_key(|listener| listener.accept_queue);
+        .max_by_key(|listener| (listener.accept_queue, listener.receive_queue));
     let Some(listener) = fullest else { return Cell::number(Some("-")) };
     let half_full = match (listener.accept_queue, listener.backlog) {
         (Some(depth), Some(limit)) => depth > limit / 2,
         _ => false,
     };
-    let text = format!("{}/{}", known(listener.accept_queue), known(listener.backlog));
+    let text = match listener.receive_queue {
+        Some(bytes) => format!("{bytes} B"),
+        None => format!("{}/{}", known(listener.accept_queue), known(listener.backlog)),
+    };
     Cell::number(Some(text)).tone(if half_full { Tone::Bad } else { Tone::Plain })
 }
 
@@ -188,7 +191,17 @@ fn listeners(listeners: &[ListenerStatus], paint: Paint) -> String {
     }
     for listener in listeners.iter().filter(|listener| listener.leftovers_lost > 0) {
         let (name, lost) = (&listener.name, listener.leftovers_lost);
-        text += &wrap(&format!("{name}: {lost} connections waiting for ended workers were lost"), 2);
+        let what = if listener.protocol == Protocol::Udp { "datagram" } else { "connection" };
+        let said = format!("{name}: lost with ended workers that had not taken them: {}", count(Some(lost), what));
+        text += &wrap(&said, 2);
+    }
+    for listener in listeners {
+        if let Some(forgotten @ 1..) = listener.flows_forgotten {
+            let name = &listener.name;
+            let said =
+                format!("{name}: {forgotten} flows that were not idle were forgotten: raise flow_table");
+            text += &wrap(&said, 2);
+        }
     }
     text
 }

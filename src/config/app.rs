@@ -15,7 +15,7 @@ use super::schema::{self, Scalar};
 use super::socket_path::default_name;
 use super::suggest::did_you_mean;
 use super::values::{LIMITS, parse_mode, parse_name, parse_path, parse_stop_signal};
-use super::{App, Listen, Output, identity};
+use super::{App, Listeners, Output, identity};
 
 /// Seats per generation at most.
 const WORKERS_MAX: u16 = 1024;
@@ -24,7 +24,7 @@ const WORKERS_MAX: u16 = 1024;
 pub(super) fn resolve(
     path: &Path,
     raw: Option<&Spanned<schema::App>>,
-    listen: Option<&[Listen]>,
+    listen: Option<Listeners<'_>>,
     problems: &mut Problems,
 ) -> App {
     let header = raw.map_or(FILE_START, Spanned::span);
@@ -76,7 +76,7 @@ pub(super) fn resolve(
 fn command(
     raw: &Option<Spanned<Vec<Spanned<String>>>>,
     app: Range<usize>,
-    listen: Option<&[Listen]>,
+    listen: Option<Listeners<'_>>,
     problems: &mut Problems,
 ) -> Vec<String> {
     let Some(raw) = raw else {

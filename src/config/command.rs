@@ -157,15 +157,18 @@ fn word(text: &str) -> Option<&str> {
 mod tests {
     use super::*;
     use crate::config::Bind;
+    use reuseportd_wire::status::Protocol;
 
     fn listen() -> Vec<Listen> {
         vec![Listen {
             name: "http".into(),
+            protocol: Protocol::Tcp,
             address: "[::1]:80".parse().unwrap(),
             bind: Bind::Worker,
             v6only: false,
             backlog: 1,
             force_reuseport: false,
+            flows: None,
         }]
     }
 

@@ -1,20 +1,66 @@
 //! `[[listen]]`: addresses that can be owned by workers and steered, and that keep out of each other's way.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
+use reuseportd_wire::status::Protocol;
 use toml::Spanned;
 
 use super::problems::{FILE_START, Problems};
 use super::schema;
-use super::unsupported::NOT_YET;
 use super::values::{Refused, parse_name, refused};
-use super::{Bind, EngineChoice, Listen};
+use super::unix::{self, PREFIX};
+use super::{Bind, EngineChoice, Flows, Listen, Listeners, UnixListen};
 
 /// Each costs every worker a descriptor and a socket; more is a slip.
 const LISTEN_MAX: usize = 256;
+/// Flows remembered unless told otherwise: some 7 MiB of the kernel's memory.
+const FLOW_TABLE: u32 = 65_536;
+/// Some 120 MiB. The kernel takes time to make it, in which the master does nothing else: 55 ms for so many.
+const FLOW_TABLE_MAX: u32 = 1 << 20;
+/// A timeout the steering program counts in nanoseconds, and nobody means a longer one.
+const FLOW_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// All entries.
+#[derive(Debug, Default)]
+pub(super) struct Resolved {
+    pub(super) ip: Vec<Listen>,
+    pub(super) unix: Vec<UnixListen>,
+}
+
+/// One entry.
+enum One {
+    Ip(Listen),
+    Unix(UnixListen),
+}
+
+impl Resolved {
+    pub(super) fn all(&self) -> Listeners<'_> {
+        Listeners { ip: &self.ip, unix: &self.unix }
+    }
+
+    /// What makes this address impossible beside those there are, and the other's name.
+    fn clash(&self, one: &One) -> Option<(String, &'static str)> {
+        let overlap = |listen: &Listen, other: &Listen, why| {
+            let message =
+                format!("{} and {} (listen {:?}) overlap", listen.address, other.address, other.name);
+            (message, why)
+        };
+        match one {
+            One::Ip(listen) => self.ip.iter().find_map(|other| {
+                clash(other.endpoint(), listen.endpoint()).map(|why| overlap(listen, other, why))
+            }),
+            One::Unix(listen) => {
+                let other = self.unix.iter().find(|other| other.path == listen.path)?;
+                let message = format!("{} is taken by listen {:?}", listen.path.display(), other.name);
+                Some((message, "each path belongs to one [[listen]]: remove one of them"))
+            }
+        }
+    }
+}
 
 /// Checks all entries, each by itself and then against each other.
-pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) -> Vec<Listen> {
+pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) -> Resolved {
     if raw.is_empty() {
         problems.add(
             "listen",
@@ -32,13 +78,19 @@ pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) 
             "each worker owns a listener on each of them",
         );
     }
-    let mut all: Vec<Listen> = Vec::new();
+    let mut all = Resolved::default();
     for (index, entry) in raw.iter().take(LISTEN_MAX).enumerate() {
-        let Some(listen) = resolve_one(&format!("listen[{index}]"), entry, problems) else { continue };
+        let Some(one) = resolve_one(&format!("listen[{index}]"), entry, all.ip.len(), problems) else {
+            continue;
+        };
+        let name = match &one {
+            One::Ip(listen) => &listen.name,
+            One::Unix(listen) => &listen.name,
+        };
         let (raw, span) = (entry.get_ref(), entry.span());
-        if all.iter().any(|other| other.name == listen.name) {
+        if all.all().is_taken(name) {
             let place = raw.name.as_ref().map_or(span.clone(), Spanned::span);
-            let message = format!("{:?} is taken by another [[listen]]", listen.name);
+            let message = format!("{name:?} is taken by another [[listen]]");
             problems.add(
                 format!("listen[{index}].name"),
                 Some(place),
@@ -46,29 +98,33 @@ pub(super) fn resolve(raw: &[Spanned<schema::Listen>], problems: &mut Problems) 
                 "give each [[listen]] its own name",
             );
         }
-        if let Some((other, why)) =
-            all.iter().find_map(|other| clash(other.place(), listen.place()).map(|why| (other, why)))
-        {
+        if let Some((message, why)) = all.clash(&one) {
             let place = raw.address.as_ref().map_or(span, Spanned::span);
-            let message =
-                format!("{} and {} (listen {:?}) overlap", listen.address, other.address, other.name);
             problems.add(format!("listen[{index}].address"), Some(place), message, why);
         }
-        all.push(listen);
+        match one {
+            One::Ip(listen) => all.ip.push(listen),
+            One::Unix(listen) => all.unix.push(listen),
+        }
     }
     all
 }
 
-fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Problems) -> Option<Listen> {
+/// `position`: so many with an IP address come before it.
+fn resolve_one(
+    key: &str,
+    entry: &Spanned<schema::Listen>,
+    position: usize,
+    problems: &mut Problems,
+) -> Option<One> {
     let raw = entry.get_ref();
-    problems.choice(&format!("{key}.protocol"), &raw.protocol, [("tcp", ()), ("udp", ())]);
+    let protocols = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)];
+    let protocol = problems.choice(&format!("{key}.protocol"), &raw.protocol, protocols);
     let bind = problems.choice(
         &format!("{key}.bind"),
         &raw.bind,
         [("worker", Bind::Worker), ("master", Bind::Master)],
     );
-    problems.choice(&format!("{key}.affinity"), &raw.affinity, [("none", ()), ("flow", ())]);
-    problems.wait(&format!("{key}.flow_timeout"), &raw.flow_timeout, std::time::Duration::from_secs(120));
     let backlog =
         problems.number(&format!("{key}.backlog"), &raw.backlog, 1..=i32::MAX.unsigned_abs(), 4096_u32);
     let name = match &raw.name {
@@ -80,6 +136,12 @@ fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Proble
         problems.add(address_key, Some(entry.span()), "missing", "for example address = \"0.0.0.0:8080\"");
         return None;
     };
+    if address.get_ref().starts_with(PREFIX) {
+        let own = (name?, backlog, position);
+        return unix::resolve(key, raw, own, (protocol, bind), problems).map(One::Unix);
+    }
+    unix::refuse_mode(key, raw, problems);
+    let flows = resolve_flows(key, raw, protocol, bind, problems);
     let address = problems.text(&address_key, address, parse_address)?;
     let v6only = raw.v6only.as_ref().is_some_and(|v6only| *v6only.get_ref());
     if v6only && address.is_ipv4() {
@@ -92,18 +154,46 @@ fn resolve_one(key: &str, entry: &Spanned<schema::Listen>, problems: &mut Proble
         let message = "is for sockets that workers bind, and with bind = \"master\" they don't";
         problems.add(format!("{key}.force_reuseport"), place, message, "leave one of them out");
     }
-    Some(Listen { name: name?, address, bind, v6only, backlog, force_reuseport })
+    let name = name?;
+    Some(One::Ip(Listen { name, protocol, address, bind, v6only, backlog, force_reuseport, flows }))
+}
+
+fn resolve_flows(
+    key: &str,
+    raw: &schema::Listen,
+    protocol: Protocol,
+    bind: Bind,
+    problems: &mut Problems,
+) -> Option<Flows> {
+    let affinity = format!("{key}.affinity");
+    let is_wanted = problems.choice(&affinity, &raw.affinity, [("none", false), ("flow", true)]);
+    let timeout_key = format!("{key}.flow_timeout");
+    let timeout = problems.wait(&timeout_key, &raw.flow_timeout, Duration::from_secs(120));
+    let place = |value: &Option<Spanned<String>>| value.as_ref().map(Spanned::span);
+    if timeout > FLOW_TIMEOUT_MAX {
+        problems.add(timeout_key, place(&raw.flow_timeout), "is too long", "24h is the longest");
+    }
+    let table =
+        problems.number(&format!("{key}.flow_table"), &raw.flow_table, 1..=FLOW_TABLE_MAX, FLOW_TABLE);
+    if !is_wanted {
+        return None;
+    }
+    if protocol == Protocol::Tcp {
+        let message = "is for protocol = \"udp\": a TCP connection stays where it is anyway";
+        problems.add(&affinity, place(&raw.affinity), message, "leave it out");
+    } else if bind == Bind::Master {
+        let message =
+            "can't be had with bind = \"master\": old and new workers share the sockets of their seats";
+        problems.add(&affinity, place(&raw.affinity), message, "leave one of them out");
+    }
+    Some(Flows { timeout, table })
 }
 
 /// Reads `"0.0.0.0:8080"` or `"[::]:8080"`.
 fn parse_address(text: &str) -> Result<SocketAddr, Refused> {
-    if text.starts_with("unix:") {
-        let help = "unix sockets will need bind = \"master\"; use an IP address";
-        return Err(refused(text, &format!("is {NOT_YET}"), help));
-    }
     let Ok(address) = text.parse::<SocketAddr>() else {
         let hint = near_address(text).map(|near| format!("did you mean \"{near}\"? ")).unwrap_or_default();
-        let help = format!("{hint}allowed: \"IPV4:PORT\" or \"[IPV6]:PORT\", no host names");
+        let help = format!("{hint}allowed: \"IPV4:PORT\", \"[IPV6]:PORT\" or \"unix:/PATH\", no host names");
         return Err(refused(text, "is not an address", help));
     };
     let ip = address.ip();
@@ -112,7 +202,8 @@ fn parse_address(text: &str) -> Result<SocketAddr, Refused> {
         return Err(refused(text, "has port 0", help));
     }
     if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) {
-        return Err(refused(text, "is no address of one host", "no TCP listener can bind it"));
+        let help = "what is sent to it reaches every socket, or none: use an address of this host";
+        return Err(refused(text, "is no address of one host", help));
     }
     if ip != ip.to_canonical() {
         let canonical = SocketAddr::new(ip.to_canonical(), address.port());
@@ -133,7 +224,7 @@ fn near_address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(host.parse().ok()?, port))
 }
 
-/// Sockets that share an address without being steered lose connections.
+/// Sockets that share an address without being steered lose connections, and only one engine remembers flows.
 pub(super) fn check_engine(raw: &[Spanned<schema::Listen>], engine: EngineChoice, problems: &mut Problems) {
     for (index, listen) in raw.iter().enumerate() {
         let asked = listen.get_ref().force_reuseport.as_ref().filter(|force| *force.get_ref());
@@ -142,25 +233,38 @@ pub(super) fn check_engine(raw: &[Spanned<schema::Listen>], engine: EngineChoice
             let key = format!("listen[{index}].force_reuseport");
             problems.add(key, Some(asked.span()), "needs an engine that steers", help);
         }
+        let asked = listen.get_ref().affinity.as_ref().filter(|affinity| affinity.get_ref() == "flow");
+        if let Some(asked) = asked.filter(|_| matches!(engine, EngineChoice::Cbpf | EngineChoice::None)) {
+            let help = "leave it out, or set steering.engine to \"auto\"";
+            let message = "needs the ebpf engine: nothing else remembers flows";
+            problems.add(format!("listen[{index}].affinity"), Some(asked.span()), message, help);
+        }
     }
+}
+
+/// Where a socket is bound: what makes a group, but for the uid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Endpoint {
+    pub(crate) protocol: Protocol,
+    pub(crate) address: SocketAddr,
+    /// `[::]` leaves IPv4 alone.
+    pub(crate) v6only: bool,
 }
 
 impl Listen {
-    /// The address, and whether it leaves IPv4 alone.
-    pub(crate) fn place(&self) -> (SocketAddr, bool) {
-        (self.address, self.v6only)
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        Endpoint { protocol: self.protocol, address: self.address, v6only: self.v6only }
     }
 }
 
-/// Why two addresses, each with its `v6only`, can't be steered apart: the kernel delivers to the more specific group
-/// first.
-pub(crate) fn clash(
-    (a, a_v6only): (SocketAddr, bool),
-    (b, b_v6only): (SocketAddr, bool),
-) -> Option<&'static str> {
+/// Why two places can't be steered apart: the kernel delivers to the more specific group first.
+pub(crate) fn clash(a: Endpoint, b: Endpoint) -> Option<&'static str> {
     let any = |ip: IpAddr| ip.is_unspecified();
-    let takes_v4 = |address: SocketAddr, v6only: bool| address.is_ipv6() && any(address.ip()) && !v6only;
-    if a.port() != b.port() {
+    let takes_v4 = |place: Endpoint| place.address.is_ipv6() && any(place.address.ip()) && !place.v6only;
+    let both_v4 = takes_v4(a) || takes_v4(b);
+    let is_other = a.protocol != b.protocol;
+    let (a, b) = (a.address, b.address);
+    if is_other || a.port() != b.port() {
         None
     } else if a == b {
         Some("each address belongs to one [[listen]]: remove one of them")
@@ -171,7 +275,7 @@ pub(crate) fn clash(
             "the wildcard takes that address too, so one takes the traffic of the other: \
              keep the wildcard, or list the addresses one by one",
         )
-    } else if a.is_ipv4() != b.is_ipv4() && (takes_v4(a, a_v6only) || takes_v4(b, b_v6only)) {
+    } else if a.is_ipv4() != b.is_ipv4() && both_v4 {
         Some("[::] takes IPv4 connections too: keep [::] alone, or set v6only = true for it")
     } else {
         None
@@ -185,7 +289,11 @@ mod tests {
     #[test]
     fn addresses_that_overlap() {
         let v6only = |text: &str| text.ends_with('6');
-        let place = |text: &str| (text.trim_end_matches(" v6").parse().unwrap(), v6only(text));
+        let place = |text: &str| Endpoint {
+            protocol: if text.starts_with("udp ") { Protocol::Udp } else { Protocol::Tcp },
+            address: text.trim_start_matches("udp ").trim_end_matches(" v6").parse().unwrap(),
+            v6only: v6only(text),
+        };
         let clash = |a: &str, b: &str| clash(place(a), place(b)).is_some();
         for (a, b) in [
             ("0.0.0.0:80", "0.0.0.0:80"),
@@ -193,11 +301,13 @@ mod tests {
             ("[::]:80", "0.0.0.0:80"),
             ("[::]:80", "127.0.0.1:80"),
             ("[::]:80", "[::1]:80"),
+            ("udp 0.0.0.0:80", "udp 127.0.0.1:80"),
         ] {
             assert!(clash(a, b) && clash(b, a), "{a} {b}");
         }
         for (a, b) in [
             ("0.0.0.0:80", "0.0.0.0:81"),
+            ("0.0.0.0:80", "udp 0.0.0.0:80"),
             ("127.0.0.1:80", "127.0.0.2:80"),
             ("0.0.0.0:80", "[::1]:80"),
             ("0.0.0.0:80", "[::]:80 v6"),
@@ -217,9 +327,8 @@ mod tests {
             ("example.org:80", "no host names"),
             ("0.0.0.0:0", "port 0"),
             ("0.0.0.0:65536", "not an address"),
-            ("224.0.0.1:80", "no TCP listener"),
+            ("224.0.0.1:80", "reaches every socket"),
             ("[::ffff:1.2.3.4]:80", "write \"1.2.3.4:80\""),
-            ("unix:/run/x.sock", NOT_YET),
         ] {
             let error = parse_address(written).unwrap_err().to_string();
             assert!(error.contains(said), "{written}: {error}");

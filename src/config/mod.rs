@@ -20,6 +20,7 @@ mod source;
 mod suggest;
 #[cfg(test)]
 mod tests;
+mod unix;
 mod unsupported;
 mod upgrade;
 mod values;
@@ -31,14 +32,16 @@ use std::time::Duration;
 
 use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
+use reuseportd_wire::status::Protocol;
 use reuseportd_sys::identity::Identity;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::diagnose::ConfigErrors;
 pub(crate) use self::executable::{find_check, find_executable};
 pub(crate) use self::identity::IdentityError;
-pub(crate) use self::listen::clash;
+pub(crate) use self::listen::{Endpoint, clash};
 pub(crate) use self::socket_path::{own_directory_name, runtime_directory};
+pub(crate) use self::unix::{Entry, Listeners, UnixListen};
 pub(crate) use self::values::parse_duration;
 
 /// A whole config file, checked. Relative paths have been made absolute against the current directory.
@@ -51,8 +54,11 @@ pub(crate) struct Config {
     #[serde(with = "saved::path")]
     pub(crate) path: PathBuf,
     pub(crate) app: App,
-    /// At least one; names are unique, and no two addresses overlap.
+    /// With [`Config::unix`] at least one; names are unique among both, and no two addresses overlap.
     pub(crate) listen: Vec<Listen>,
+    /// Those with a path, in the file's order.
+    #[serde(default)]
+    pub(crate) unix: Vec<UnixListen>,
     pub(crate) steering: Steering,
     pub(crate) readiness: Readiness,
     pub(crate) upgrade: Upgrade,
@@ -103,10 +109,12 @@ pub(crate) enum Output {
     Inherit,
 }
 
-/// One `[[listen]]`: an address every worker must own a TCP listener on.
+/// One `[[listen]]`: an address every worker must own a listener on, or a UDP socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Listen {
     pub(crate) name: String,
+    #[serde(default = "default_protocol")]
+    pub(crate) protocol: Protocol,
     /// The port is never 0.
     pub(crate) address: SocketAddr,
     pub(crate) bind: Bind,
@@ -117,6 +125,23 @@ pub(crate) struct Listen {
     /// `bind()` sets SO_REUSEPORT for workers that don't; never with [`Bind::Master`] or [`EngineChoice::None`].
     #[serde(default)]
     pub(crate) force_reuseport: bool,
+    /// Flows stay with the generation they began with; only with UDP, [`Bind::Worker`], and the ebpf engine.
+    #[serde(default)]
+    pub(crate) flows: Option<Flows>,
+}
+
+/// `affinity = "flow"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Flows {
+    /// A flow that is idle for longer is forgotten; above zero.
+    pub(crate) timeout: Duration,
+    /// So many are remembered.
+    pub(crate) table: u32,
+}
+
+/// Of listeners that were written down before there was any other.
+pub(crate) fn default_protocol() -> Protocol {
+    Protocol::Tcp
 }
 
 /// Who makes the sockets of a `[[listen]]`.
@@ -132,6 +157,18 @@ pub(crate) enum Bind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Steering {
     pub(crate) engine: EngineChoice,
+    #[serde(default)]
+    pub(crate) policy: Policy,
+}
+
+/// How a worker is chosen among those of a generation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Policy {
+    /// By the connection's hash.
+    #[default]
+    Hash,
+    /// The seat of the processor that the connection came in on.
+    Cpu,
 }
 
 /// Which engine the user asked for; what is in force is decided at start.

@@ -18,12 +18,14 @@ pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, Conf
     let mut problems = Problems::default();
     let listen = listen::resolve(&raw.listen, &mut problems);
     // A listener with a fault of its own would make its placeholders look unknown.
-    let known = Some(listen.as_slice()).filter(|known| known.len() == raw.listen.len());
+    let all = listen.all();
+    let known = Some(all).filter(|known| known.in_order().count() == raw.listen.len());
     let app = app::resolve(path, raw.app.as_ref(), known, &mut problems);
     let steering = steering(&raw.steering, &mut problems);
     listen::check_engine(&raw.listen, steering.engine, &mut problems);
     let readiness = readiness(&raw.readiness, &mut problems);
-    let upgrade = upgrade::resolve(&raw.upgrade, steering.engine, &listen, known, &mut problems);
+    check_readiness(&raw.readiness, readiness.method, all, &mut problems);
+    let upgrade = upgrade::resolve(&raw.upgrade, steering.engine, all, known, &mut problems);
     let restart = restart(&raw.restart, &mut problems);
     let control = control(&raw.control, &app.name, &mut problems);
     let log = log(&raw.log, &mut problems);
@@ -33,7 +35,8 @@ pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, Conf
     unsupported::refuse(raw, &mut problems);
     if problems.is_empty() {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Ok(Config { path, app, listen, steering, readiness, upgrade, restart, watchdog, control, log })
+        let listen::Resolved { ip: listen, unix } = listen;
+        Ok(Config { path, app, listen, unix, steering, readiness, upgrade, restart, watchdog, control, log })
     } else {
         Err(ConfigErrors::new(path, text, problems))
     }
@@ -41,9 +44,15 @@ pub(super) fn resolve(path: &Path, text: &str, raw: &Raw) -> Result<Config, Conf
 
 fn steering(raw: &schema::Steering, problems: &mut Problems) -> Steering {
     use EngineChoice::{Auto, Cbpf, Ebpf, None};
-    problems.choice("steering.policy", &raw.policy, [("hash", ()), ("cpu", ())]);
     let engines = [("auto", Auto), ("ebpf", Ebpf), ("cbpf", Cbpf), ("none", None)];
-    Steering { engine: problems.choice("steering.engine", &raw.engine, engines) }
+    let engine = problems.choice("steering.engine", &raw.engine, engines);
+    let policies = [("hash", Policy::Hash), ("cpu", Policy::Cpu)];
+    let policy = problems.choice("steering.policy", &raw.policy, policies);
+    if let Some(asked) = raw.policy.as_ref().filter(|_| policy == Policy::Cpu && engine == None) {
+        let help = "leave it out, or set steering.engine to \"auto\"";
+        problems.add("steering.policy", Some(asked.span()), "needs an engine that steers", help);
+    }
+    Steering { engine, policy }
 }
 
 fn readiness(raw: &schema::Readiness, problems: &mut Problems) -> Readiness {
@@ -62,6 +71,31 @@ fn readiness(raw: &schema::Readiness, problems: &mut Problems) -> Readiness {
         passes: problems.number("readiness.passes", &raw.passes, 1..=1000_u16, 2),
         interval: problems.wait("readiness.interval", &raw.interval, SECOND / 5),
     }
+}
+
+/// Datagrams show nothing of whether their reader is ready, and a shared socket nothing of any single worker.
+fn check_readiness(
+    raw: &schema::Readiness,
+    method: ReadinessMethod,
+    listen: Listeners<'_>,
+    problems: &mut Problems,
+) {
+    let is_shared = listen.ip.is_empty() && !listen.unix.is_empty();
+    let listen = listen.ip;
+    let has_tcp = listen.iter().any(|listen| listen.protocol == Protocol::Tcp);
+    let is_passed = listen.iter().all(|listen| listen.bind == Bind::Master);
+    let why = match method {
+        ReadinessMethod::Notify => return,
+        _ if is_shared => {
+            "shows nothing where all sockets are shared: any worker may accept, the old ones too"
+        }
+        _ if has_tcp || listen.is_empty() => return,
+        ReadinessMethod::Listen if !is_passed => return,
+        ReadinessMethod::Listen => "shows nothing where all sockets are UDP and passed by the master",
+        ReadinessMethod::Http => "needs a [[listen]] with protocol = \"tcp\" to send the request to",
+    };
+    let place = raw.method.as_ref().map(Spanned::span);
+    problems.add("readiness.method", place, why, "use \"notify\": the worker says READY=1");
 }
 
 /// The path of a request: what would break its first line is refused.

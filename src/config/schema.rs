@@ -72,6 +72,8 @@ tables! {
         force_reuseport: Maybe<bool>,
         affinity: Text,
         flow_timeout: Text,
+        flow_table: Maybe<Scalar>,
+        mode: Text,
     }
     Steering { engine: Text, policy: Text }
     Readiness { method: Text, path: Text, passes: Maybe<Scalar>, interval: Text }

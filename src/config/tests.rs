@@ -8,6 +8,8 @@ use rustix::thread::CapabilitySet;
 
 use super::*;
 
+mod datagrams;
+
 const SMALLEST: &str = r#"
 [app]
 name = "web"
@@ -89,11 +91,13 @@ fn the_smallest_config_has_the_defaults_of_the_contract() {
     let address = "127.0.0.1:8080".parse().unwrap();
     let listen = Listen {
         name: "default".into(),
+        protocol: Protocol::Tcp,
         address,
         bind: Bind::Worker,
         v6only: false,
         backlog: 4096,
         force_reuseport: false,
+        flows: None,
     };
     assert_eq!(config.listen, [listen]);
     assert_eq!(config.steering.engine, EngineChoice::Auto);
@@ -197,10 +201,6 @@ fn a_config_survives_the_snapshot() {
 
 /// Keys of later versions: table, the key with its default ("" when it has none), the key asking for something.
 const LATER: &[(&str, &str, &str)] = &[
-    ("listen", r#"protocol = "tcp""#, r#"protocol = "udp""#),
-    ("listen", r#"affinity = "none""#, r#"affinity = "flow""#),
-    ("listen", r#"flow_timeout = "2m""#, r#"flow_timeout = "1m""#),
-    ("steering", r#"policy = "hash""#, r#"policy = "cpu""#),
     ("console", "", r#"listen = "127.0.0.1:9180""#),
     ("log", r#"format = "auto""#, r#"format = "journal""#),
 ];
@@ -209,7 +209,6 @@ const LATER: &[(&str, &str, &str)] = &[
 fn what_comes_later_is_refused_and_its_default_accepted() {
     for (table, default, other) in LATER {
         let with = |line: &str| match *table {
-            "listen" => format!("{SMALLEST}{line}\n"),
             "app" => SMALLEST.replace("[app]", &format!("[app]\n{line}")),
             _ => format!("{SMALLEST}[{table}]\n{line}\n"),
         };

@@ -25,8 +25,8 @@ pub(super) fn default_check_interval() -> Duration {
 pub(super) fn resolve(
     raw: &schema::Upgrade,
     engine: EngineChoice,
-    listen: &[Listen],
-    known: Option<&[Listen]>,
+    listen: Listeners<'_>,
+    known: Option<Listeners<'_>>,
     problems: &mut Problems,
 ) -> Upgrade {
     let drain_timeout = problems.wait("upgrade.drain_timeout", &raw.drain_timeout, 60 * SECOND);
@@ -135,7 +135,7 @@ impl Asked {
     }
 
     /// Holds the keys against each other and against the tables they depend on.
-    fn agree(self, engine: EngineChoice, listen: &[Listen], problems: &mut Problems) {
+    fn agree(self, engine: EngineChoice, listen: Listeners<'_>, problems: &mut Problems) {
         let shares = [("upgrade.canary", self.canary), ("upgrade.bake", self.bake)];
         let shares: Vec<_> = shares.into_iter().filter(|(_, place)| place.is_some()).collect();
         let steered = shares.iter().cloned().chain(Some(("upgrade.batch", self.batch.clone())));
@@ -144,9 +144,9 @@ impl Asked {
                 "with it nothing decides who gets new connections: choose another engine, or leave this out";
             problems.add(key, place, "not possible with steering.engine = \"none\"", help);
         }
-        if let Some(listen) = listen.iter().find(|listen| listen.bind == Bind::Master) {
+        if let Some(listen) = listen.in_order().find(|listen| listen.bind() == Bind::Master) {
             for (key, place) in shares.iter().cloned() {
-                let message = format!("not possible with bind = \"master\" (listen {:?})", listen.name);
+                let message = format!("not possible with bind = \"master\" (listen {:?})", listen.name());
                 let help = "old and new workers share the seat's socket, so new connections can't be parted between \
                             them: use bind = \"worker\", or leave this out";
                 problems.add(key, place, message, help);

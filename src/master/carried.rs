@@ -13,7 +13,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use reuseportd_sys::bpf::EbpfGroup;
+use reuseportd_sys::bpf::{EbpfGroup, Flows};
 use reuseportd_sys::executable::{FileIdentity, PinnedExecutable};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -281,6 +281,20 @@ impl Carry for EbpfGroup {
     fn join(fds: Vec<OwnedFd>, (): ()) -> io::Result<EbpfGroup> {
         let fds: [OwnedFd; 6] = fds.try_into().map_err(|_| io::ErrorKind::NotFound)?;
         Ok(EbpfGroup::from_fds(fds))
+    }
+}
+
+impl Carry for Flows {
+    type Rest = ();
+    const COUNT: usize = 2;
+
+    fn parts(&self) -> (Vec<BorrowedFd<'_>>, ()) {
+        (self.fds().into(), ())
+    }
+
+    fn join(fds: Vec<OwnedFd>, (): ()) -> io::Result<Flows> {
+        let fds: [OwnedFd; 2] = fds.try_into().map_err(|_| io::ErrorKind::NotFound)?;
+        Ok(Flows::from_fds(fds))
     }
 }
 

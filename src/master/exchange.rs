@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use reuseportd_core::{Event, Verdict, WorkerId};
+use reuseportd_wire::status::Protocol;
 use socket2::Socket;
 
 use super::Shell;
@@ -26,7 +27,8 @@ pub(super) fn is_asked(config: &Config) -> bool {
 
 /// The request.
 pub(super) fn request(path: &str, listen: &[Listen]) -> String {
-    let host = listen.first().map_or_else(String::new, |listen| listen.address.to_string());
+    let first = listen.iter().find(|listen| listen.protocol == Protocol::Tcp);
+    let host = first.map_or_else(String::new, |listen| listen.address.to_string());
     let version = env!("CARGO_PKG_VERSION");
     format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: reuseportd/{version}\r\nConnection: close\r\n\r\n"

@@ -6,16 +6,20 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use reuseportd_core::{Engine, Generation, GroupId, Range, Share};
-use reuseportd_sys::bpf::{self, BpfError, COUNTER_SLOTS, EbpfGroup, PLAN_RECORDS, Plan, Probe};
-use reuseportd_sys::{capability, cbpf};
+use reuseportd_core::{Engine, Generation, GroupId, Policy, Range, Share};
+use reuseportd_sys::bpf::{
+    self, BpfError, COUNTER_SLOTS, EbpfGroup, FlowCounters, Flows, PLAN_RECORDS, Plan, Probe,
+};
+use reuseportd_sys::capability;
+use reuseportd_sys::cbpf::{self, Pick};
 
-use reuseportd_wire::status as wire;
+use reuseportd_wire::status::{self as wire, Protocol};
 use rustix::event::{Timespec, poll};
 use serde::{Deserialize, Serialize};
 
 use super::carried::Carried;
-use crate::config::{Bind, EngineChoice, Listen};
+use super::clock;
+use crate::config::{Bind, Endpoint, EngineChoice, Listen, default_protocol};
 
 /// The engine in force, and why it is this one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,13 +72,15 @@ fn try_ebpf() -> Result<(), String> {
     if !capability::has_bpf() {
         return Err("CAP_BPF is missing".to_owned());
     }
-    EbpfGroup::new(1).map(drop).map_err(|error| error.to_string())
+    EbpfGroup::new(1, None).map(drop).map_err(|error| error.to_string())
 }
 
 /// One configured address.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Group {
     pub(super) name: String,
+    #[serde(default = "default_protocol")]
+    pub(super) protocol: Protocol,
     pub(super) address: SocketAddr,
     pub(super) v6only: bool,
     /// Who makes its sockets, in the latest generation.
@@ -82,6 +88,12 @@ pub(super) struct Group {
     /// Where its sockets are really bound: `[::]:80` may stand for `0.0.0.0:80`.
     pub(super) bound: Option<SocketAddr>,
     ebpf: Option<Carried<EbpfGroup>>,
+    /// `ebpf`, UDP: whose flows are whose.
+    #[serde(default)]
+    flows: Option<Carried<Flows>>,
+    /// Flows it remembers at most.
+    #[serde(default)]
+    flow_table: u32,
     /// The plan record in force, which is never written.
     record: u32,
     /// Migrations into generations that are gone.
@@ -93,11 +105,28 @@ pub(super) struct Group {
 }
 
 impl Group {
+    pub(super) fn endpoint(&self) -> Endpoint {
+        Endpoint { protocol: self.protocol, address: self.address, v6only: self.v6only }
+    }
+
+    /// Room for as many flows as are wanted from now on. It is another program, attached with the next listener that is
+    /// admitted, and begins with no flow known.
+    fn keep_flows(&mut self, listen: &Listen) -> Result<(), BpfError> {
+        let table = listen.flows.map_or(self.flow_table, |flows| flows.table);
+        if let Some(ebpf) = self.ebpf.as_ref().filter(|_| self.flows.is_some() && table != self.flow_table) {
+            let flows = Flows::new(table, bpf::CAPACITY_DEFAULT)?;
+            self.ebpf = Some(Carried::new(ebpf.with_flows(&flows)?));
+            self.flows = Some(Carried::new(flows));
+            self.flow_table = table;
+        }
+        Ok(())
+    }
+
     /// Until the first generation is steered to, the kernel's hash decides: the record that is in force from the
     /// beginning would refuse.
     fn unsteered(&self) -> Result<(), BpfError> {
         let Some(ebpf) = &self.ebpf else { return Ok(()) };
-        let range = bpf::Range { weight_below: u32::MAX, base: EMPTY_KEY, count: 1, counter: 0 };
+        let range = bpf::Range { weight_below: u32::MAX, base: EMPTY_KEY, count: 1, counter: 0, step: 0 };
         ebpf.write_plan(self.record, &Plan { ranges: vec![range] })?;
         ebpf.select(self.record)
     }
@@ -135,24 +164,30 @@ impl Groups {
     }
 
     fn open_one(&mut self, listen: &Listen) -> Result<GroupId, BpfError> {
-        if let Some((id, _)) =
-            self.by_id.iter().find(|(_, group)| (group.address, group.v6only) == listen.place())
+        if let Some((id, group)) =
+            self.by_id.iter_mut().find(|(_, group)| group.endpoint() == listen.endpoint())
         {
+            group.keep_flows(listen)?;
             return Ok(*id);
         }
-        let ebpf = match self.choice.engine {
-            Engine::Ebpf => Some(Carried::new(EbpfGroup::new(bpf::CAPACITY_DEFAULT)?)),
-            Engine::Cbpf | Engine::None => None,
-        };
+        let flow_table = listen.flows.map_or(1, |flows| flows.table);
+        let is_ebpf = self.choice.engine == Engine::Ebpf;
+        let flows = (is_ebpf && listen.protocol == Protocol::Udp)
+            .then(|| Flows::new(flow_table, bpf::CAPACITY_DEFAULT))
+            .transpose()?;
+        let ebpf = is_ebpf.then(|| EbpfGroup::new(bpf::CAPACITY_DEFAULT, flows.as_ref())).transpose()?;
         let (name, address) = (listen.name.clone(), listen.address);
         let v6only = listen.v6only;
         let group = Group {
             name,
+            protocol: listen.protocol,
             address,
             v6only,
             bind: listen.bind,
             bound: None,
-            ebpf,
+            ebpf: ebpf.map(Carried::new),
+            flows: flows.map(Carried::new),
+            flow_table,
             record: FIRST_RECORD,
             migrated_before: 0,
             leftovers_taken: 0,
@@ -223,11 +258,49 @@ impl Groups {
         }
     }
 
-    /// `ebpf`: a listener becomes choosable under its key. The program is attached with it, since the group it was
-    /// attached to before may have ended with its last socket.
-    pub(super) fn admit(&self, id: GroupId, key: u32, listener: BorrowedFd<'_>) -> Result<(), i32> {
+    /// `ebpf`: a generation's listener becomes choosable under its key. The program is attached with it, since the group it
+    /// was attached to before may have ended with its last socket.
+    pub(super) fn admit(
+        &self,
+        id: GroupId,
+        key: u32,
+        listener: BorrowedFd<'_>,
+        generation: Option<Generation>,
+    ) -> Result<(), i32> {
         let ebpf = self.ebpf(id)?;
-        ebpf.attach(listener).and_then(|()| ebpf.admit(key, listener)).map_err(|error| report(id, &error))
+        // Whose the key is from now on: what remembers another owner is no flow of this listener.
+        let flows = self.by_id.get(&id).and_then(|group| group.flows.as_ref()).zip(generation);
+        let owned = flows.map_or(Ok(()), |(flows, generation)| flows.set_owner(key, generation.0));
+        owned
+            .and_then(|()| ebpf.attach(listener))
+            .and_then(|()| ebpf.admit(key, listener))
+            .map_err(|error| report(id, &error))
+    }
+
+    /// `ebpf`: flows are remembered for so long from now on, or not at all.
+    pub(super) fn remember_flows(&self, id: GroupId, timeout: Option<Duration>) {
+        let flows = self.by_id.get(&id).and_then(|group| group.flows.as_ref());
+        if let Some(Err(error)) = flows.map(|flows| flows.set_timeout(timeout)) {
+            report(id, &error);
+        }
+    }
+
+    /// How long no flow's datagram has gone to this key; `None` where no flow is remembered.
+    pub(super) fn quiet(&self, id: GroupId, key: Option<u32>) -> Option<Duration> {
+        let flows = self.by_id.get(&id)?.flows.as_ref()?;
+        let last = flows.last(key?).unwrap_or_else(|error| {
+            report(id, &error);
+            // Busy as far as is known.
+            Some(Duration::MAX)
+        });
+        let now = Duration::from_nanos(clock::now().0);
+        Some(last.map_or(Duration::MAX, |last| now.saturating_sub(last)))
+    }
+
+    /// Flows begun, and flows that were forgotten though they were not idle; `None` where none are remembered.
+    pub(super) fn flow_counters(&self, id: GroupId) -> Option<FlowCounters> {
+        let group = self.by_id.get(&id).filter(|group| group.flows.is_some())?;
+        group.ebpf.as_ref()?.flow_counters().ok()
     }
 
     /// `ebpf`: takes the place of a program whose maps nobody has any more. Its sockets can be put into the new array
@@ -298,6 +371,7 @@ impl Groups {
             base: range.base,
             count: range.count,
             counter: counter(range.generation),
+            step: range.step,
         });
         let plan = Plan { ranges: ranges.collect() };
         let record = (group.record + 1) % PLAN_RECORDS;
@@ -311,10 +385,17 @@ impl Groups {
     /// `cbpf`: replaces the program through any socket of the group.
     pub(super) fn attach(&self, id: GroupId, shares: &[Share], member: BorrowedFd<'_>) -> Result<(), i32> {
         let below = thresholds(shares.iter().map(|share| share.weight));
+        let pick = |policy| match policy {
+            Policy::Cpu => Pick::Cpu,
+            Policy::Hash => Pick::Hash,
+        };
         let shares: Vec<cbpf::Share> = shares
             .iter()
             .zip(below)
-            .map(|(share, weight_below)| cbpf::Share { weight_below, slots: share.slots.clone() })
+            .map(|(share, weight_below)| {
+                let (slots, pick) = (share.slots.clone(), pick(share.policy));
+                cbpf::Share { weight_below, slots, pick }
+            })
             .collect();
         cbpf::attach_slots(member, &shares).map_err(|error| {
             tracing::error!(listener = self.name(id), %error, "cannot attach the steering program");

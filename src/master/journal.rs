@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 
 use reuseportd_core::Engine;
 use reuseportd_sys::procfs;
+use reuseportd_wire::status::Protocol;
 use serde::{Deserialize, Serialize};
 
 use super::Shell;
 use super::snapshot::{Part, Place, SnapshotError};
+use crate::config::{Endpoint, default_protocol};
 
 /// Of the journal's form. A newer one is refused.
 const VERSION: u32 = 1;
@@ -34,9 +36,17 @@ pub(super) struct Journal {
 /// A group's sockets by the kernel's names for them, in the order of their slots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Slots {
+    #[serde(default = "default_protocol")]
+    pub(super) protocol: Protocol,
     pub(super) address: SocketAddr,
     pub(super) v6only: bool,
     pub(super) cookies: Vec<u64>,
+}
+
+impl Slots {
+    pub(super) fn endpoint(&self) -> Endpoint {
+        Endpoint { protocol: self.protocol, address: self.address, v6only: self.v6only }
+    }
 }
 
 /// One worker.
@@ -141,7 +151,8 @@ impl Shell {
         }
         let of_group = |(id, cookies)| {
             let group = self.groups.of(id)?;
-            Some(Slots { address: group.address, v6only: group.v6only, cookies })
+            let Endpoint { protocol, address, v6only } = group.endpoint();
+            Some(Slots { protocol, address, v6only, cookies })
         };
         self.core.slots().into_iter().filter_map(of_group).collect()
     }

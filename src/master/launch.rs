@@ -5,14 +5,13 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, NulError, OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 
 use nix::sys::resource::Resource;
 use reuseportd_core::{Engine, Generation, GroupId, Seat, WorkerId};
-use reuseportd_sys::bpf::BpfError;
+use reuseportd_sys::bpf::{BpfError, bind::Rule};
 use reuseportd_sys::child::{self, Limit, SpawnSpec};
 use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::{identity, procfs, socket};
@@ -23,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::carried::{Carried, Pidfd};
 use super::groups::Groups;
+use super::look::kernel_protocol;
 use super::output::Output;
 use super::process::{LastLines, Process};
 use super::runtime::Runtime;
@@ -81,6 +81,11 @@ pub(super) enum LaunchError {
         "upgrade.{key} needs an engine that steers, and there is none here (see `reuseportd doctor`); leave it out"
     )]
     NoEngine { key: &'static str },
+    #[error(
+        "listen {name:?}: affinity = \"flow\" needs the ebpf engine, which alone remembers flows, and there is none here \
+         (see `reuseportd doctor`); give the master CAP_BPF, or leave it out"
+    )]
+    NoFlows { name: String },
     #[error("listen.force_reuseport: {0}")]
     Force(#[from] ForceError),
     #[error(
@@ -176,8 +181,9 @@ impl Launch {
     }
 
     /// The addresses at which `bind()` sets SO_REUSEPORT.
-    fn forced(&self) -> impl Iterator<Item = SocketAddr> {
-        self.config.listen.iter().filter(|listen| listen.force_reuseport).map(|listen| listen.address)
+    fn forced(&self) -> impl Iterator<Item = Rule> {
+        let forced = self.config.listen.iter().filter(|listen| listen.force_reuseport);
+        forced.map(|listen| (kernel_protocol(listen.protocol), listen.address))
     }
 
     /// `cgroup.procs` of the cgroup its workers are started in, if it takes one.
@@ -197,7 +203,7 @@ impl Launch {
     pub(super) fn own_variables(&self, generation: Generation) -> Vec<(&'static str, String)> {
         let listen = self.config.listen.iter().map(|listen| env::Listen {
             name: listen.name.clone(),
-            protocol: env::Protocol::Tcp,
+            protocol: listen.protocol,
             address: listen.address,
         });
         vec![
@@ -374,8 +380,11 @@ fn check_steering(config: &Config, engine: Engine) -> Result<(), LaunchError> {
         ("bake", !upgrade.bake.is_zero()),
         ("batch", upgrade.batch.is_some()),
     ];
-    match wanted.iter().find(|(_, wanted)| *wanted && engine == Engine::None) {
-        Some((key, _)) => Err(LaunchError::NoEngine { key }),
+    if let Some((key, _)) = wanted.iter().find(|(_, wanted)| *wanted && engine == Engine::None) {
+        return Err(LaunchError::NoEngine { key });
+    }
+    match config.listen.iter().find(|listen| listen.flows.is_some() && engine != Engine::Ebpf) {
+        Some(listen) => Err(LaunchError::NoFlows { name: listen.name.clone() }),
         None => Ok(()),
     }
 }

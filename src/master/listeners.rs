@@ -125,9 +125,10 @@ impl Listeners {
     /// Any handle of a group: programs are attached to a group through one of its sockets.
     pub(super) fn member(&self, group: GroupId) -> Option<BorrowedFd<'_>> {
         let mut handles = self.by_id.values().filter(|l| l.group == group).filter_map(|l| l.handle.as_ref());
-        handles
-            .find(|handle| socket::is_listening(handle.as_fd()).unwrap_or(false))
-            .map(|handle| handle.as_fd())
+        // A UDP socket is in its group from `bind()` on.
+        let is_in_group =
+            |fd| socket::is_listening(fd).unwrap_or(false) || socket::is_datagram(fd).unwrap_or(false);
+        handles.find(|handle| is_in_group(handle.as_fd())).map(|handle| handle.as_fd())
     }
 
     /// Whether there is any in this group.

@@ -8,10 +8,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Member, Problem, WorkerId};
 use reuseportd_sys::diag::{self, Family, Protocol, Query, Socket, states};
 use reuseportd_sys::{pidfd, procfs, socket};
+use reuseportd_wire::status as wire;
 
 use super::launch::Launch;
 use super::{Shell, place};
-use crate::config::{Bind, Listen, clash};
+use crate::config::{Bind, Endpoint, Listen, clash};
 
 /// How often a dump is asked for again after the kernel said that it changed underneath.
 const DUMP_ATTEMPTS: usize = 5;
@@ -113,7 +114,10 @@ impl Shell {
     pub(super) fn observe(&self, id: GroupId) -> io::Result<GroupView> {
         let Some(group) = self.groups.of(id) else { return Ok(GroupView::default()) };
         let address = group.bound.unwrap_or(group.address);
-        let sockets = dump(Some(address.port()), states::LISTEN | states::SYN_RECV)?;
+        if group.protocol == wire::Protocol::Udp {
+            return self.observe_datagrams(id, address);
+        }
+        let sockets = dump(Protocol::Tcp, Some(address.port()), states::LISTEN | states::SYN_RECV)?;
         let mut view = GroupView {
             migrated: self.groups.migrated(id, self.launches.keys().copied()),
             migrate_failures: procfs::netstat("TCPMigrateReqFailure"),
@@ -133,8 +137,27 @@ impl Shell {
             let listener = known.get(&socket.cookie).copied();
             view.members.push(Member { cookie: socket.cookie, listener });
             if let Some(listener) = listener {
-                let depth =
-                    Depth { queued: socket.recv_queue, backlog: socket.send_queue, drops: socket.drops };
+                let (queued, backlog) = (socket.recv_queue, socket.send_queue);
+                let depth = Depth { queued, backlog, drops: socket.drops, quiet: None };
+                view.depths.push((listener, depth));
+            }
+        }
+        Ok(view)
+    }
+
+    /// The same of a group that takes datagrams. A socket that connects leaves it.
+    fn observe_datagrams(&self, id: GroupId, address: SocketAddr) -> io::Result<GroupView> {
+        let sockets = dump(Protocol::Udp, Some(address.port()), states::CLOSE)?;
+        let is_in_group = |socket: &Socket| socket.local == address;
+        let known = self.listeners.by_cookie(id);
+        let mut view = GroupView::default();
+        for socket in diag::listen_order(sockets.into_iter().filter(is_in_group).collect()) {
+            let listener = known.get(&socket.cookie).copied();
+            view.members.push(Member { cookie: socket.cookie, listener });
+            if let Some(listener) = listener {
+                let key = self.listeners.of(listener).and_then(|listener| listener.key);
+                let quiet = self.groups.quiet(id, key);
+                let depth = Depth { queued: socket.recv_queue, backlog: 0, drops: socket.drops, quiet };
                 view.depths.push((listener, depth));
             }
         }
@@ -146,7 +169,8 @@ impl Shell {
         let mut open = BTreeSet::new();
         for (_, group) in self.groups.iter() {
             let states = !(states::LISTEN | states::SYN_RECV | states::TIME_WAIT | states::CLOSE);
-            let sockets = dump(Some(group.address.port()), states & ALL_STATES)?;
+            let sockets =
+                dump(kernel_protocol(group.protocol), Some(group.address.port()), states & ALL_STATES)?;
             // Inode 0: not accepted yet, or closed by its process already.
             open.extend(
                 sockets.into_iter().map(|socket| u64::from(socket.inode)).filter(|inode| *inode != 0),
@@ -169,12 +193,12 @@ impl Shell {
     pub(super) fn strangers(&self, id: GroupId) -> io::Result<u32> {
         let Some(group) = self.groups.of(id) else { return Ok(0) };
         let address = group.bound.unwrap_or(group.address);
+        let endpoint = Endpoint { address, ..group.endpoint() };
         let known = self.listeners.by_cookie(id);
-        let mut strangers: BTreeSet<u64> = dump(Some(address.port()), states::LISTEN)?
+        let (protocol, bound) = (kernel_protocol(group.protocol), bound_state(group.protocol));
+        let mut strangers: BTreeSet<u64> = dump(protocol, Some(address.port()), bound)?
             .into_iter()
-            .filter(|socket| {
-                clash((socket.local, socket.v6only == Some(true)), (address, group.v6only)).is_some()
-            })
+            .filter(|socket| clash(endpoint_of(socket, group.protocol), endpoint).is_some())
             .filter(|socket| !known.contains_key(&socket.cookie))
             .map(|socket| u64::from(socket.inode))
             .collect();
@@ -191,12 +215,16 @@ impl Shell {
     }
 }
 
+fn endpoint_of(socket: &Socket, protocol: wire::Protocol) -> Endpoint {
+    Endpoint { protocol, address: socket.local, v6only: socket.v6only == Some(true) }
+}
+
 /// All the states there are: twelve, numbered from 1.
 const ALL_STATES: u32 = 0x1ffe;
 
 /// A dump, asked for again as long as the kernel says that it may be incomplete.
-pub(super) fn dump(port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
-    let query = Query { protocol: Protocol::Tcp, family: Family::Both, port, states };
+pub(super) fn dump(protocol: Protocol, port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
+    let query = Query { protocol, family: Family::Both, port, states };
     let mut attempts = 1;
     loop {
         match diag::dump(&query) {
@@ -233,15 +261,35 @@ pub(super) fn held_by(pids: &[i32], listening: &[Socket]) -> io::Result<Vec<Held
 }
 
 pub(super) fn serves(socket: &Socket, listen: &Listen) -> bool {
-    place::serves(socket.local, socket.v6only.unwrap_or(false), listen)
+    let is_kind = socket.state == bound_state(listen.protocol);
+    is_kind && place::serves(socket.local, socket.v6only.unwrap_or(false), listen)
+}
+
+/// Sockets of ours: those that listen, or, where there is no listening, those that are bound and not connected.
+pub(super) fn bound_state(protocol: wire::Protocol) -> u32 {
+    match protocol {
+        wire::Protocol::Tcp => states::LISTEN,
+        wire::Protocol::Udp => states::CLOSE,
+    }
+}
+
+pub(super) fn kernel_protocol(protocol: wire::Protocol) -> Protocol {
+    match protocol {
+        wire::Protocol::Tcp => Protocol::Tcp,
+        wire::Protocol::Udp => Protocol::Udp,
+    }
 }
 
 fn not_here(id: GroupId, listen: &Listen, held: &[Held]) -> Missing {
-    if held.is_empty() {
-        let text = format!("it does not listen on {}", listen.address);
+    let of_kind = |held: &&Held| held.socket.state == bound_state(listen.protocol);
+    let places: Vec<SocketAddr> = held.iter().filter(of_kind).map(|held| held.socket.local).collect();
+    if places.is_empty() {
+        let text = match listen.protocol {
+            wire::Protocol::Tcp => format!("it does not listen on {}", listen.address),
+            wire::Protocol::Udp => format!("it has no UDP socket on {}", listen.address),
+        };
         return Missing::NotYet(Problem::NotListening(id), text);
     }
-    let places: Vec<SocketAddr> = held.iter().map(|held| held.socket.local).collect();
     Missing::NotYet(Problem::WrongAddress(id), place::elsewhere(&places, listen))
 }
 

@@ -92,7 +92,7 @@ impl Shell {
         let seats = u16::try_from(count).unwrap_or(u16::MAX);
         let plan = Plan { workers: seats, configured: seats, ..plan };
         let cookies_of = |(id, listen): (GroupId, &Listen)| {
-            let is_its = |slots: &&Slots| (slots.address, slots.v6only) == listen.place();
+            let is_its = |slots: &&Slots| slots.endpoint() == listen.endpoint();
             Some((id, slots.iter().find(is_its)?.cookies.clone()))
         };
         let slots = launch.listeners().filter_map(cookies_of).collect();

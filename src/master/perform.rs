@@ -7,9 +7,11 @@ use std::rc::Rc;
 use reuseportd_core::{Command, Event, Generation, GroupId, ListenerId, Phase, Report, Signal, WorkerId};
 use reuseportd_sys::{pidfd, socket};
 use reuseportd_wire::control::Reply;
+use reuseportd_wire::status::Protocol;
 
 use super::Shell;
 use super::groups::errno;
+use super::launch::Launch;
 
 /// Receipts kept for clients that ask later.
 const RECEIPTS_MAX: usize = 50;
@@ -62,6 +64,9 @@ impl Shell {
             Command::Owns { listener, worker } => {
                 return Some(Event::Owned { listener, owned: self.is_owned(listener, worker) });
             }
+            Command::Discard { listener, group, generation } => {
+                return Some(Event::Discarded { group, generation, count: self.discard(listener) });
+            }
             Command::Evict { group, key } => self.evict(group, key),
             Command::KeepKeys { group, kept } => self.groups.keep_keys(group, &kept.into_iter().collect()),
             Command::Signal { worker, signal } => self.signal(worker, signal),
@@ -98,7 +103,23 @@ impl Shell {
         self.release_kept(listener);
         let worker = self.listeners.of(listener).and_then(|listener| listener.worker);
         let lives = worker.is_some_and(|worker| self.processes.contains_key(&worker));
+        // A UDP socket can't be shut down.
+        let shutdown = shutdown && !self.takes_datagrams(listener);
         self.listeners.release(listener, shutdown, lives);
+    }
+
+    /// Throws away what waits in a UDP socket, and counts it.
+    fn discard(&self, listener: ListenerId) -> u32 {
+        let discarded = self.listeners.handle(listener).map_or(Ok(0), socket::discard);
+        discarded.unwrap_or_else(|error| {
+            tracing::warn!(listener = listener.0, %error, "cannot count what waits in a UDP socket");
+            0
+        })
+    }
+
+    pub(super) fn takes_datagrams(&self, listener: ListenerId) -> bool {
+        let group = self.listeners.of(listener).and_then(|listener| self.groups.of(listener.group));
+        group.is_some_and(|group| group.protocol == Protocol::Udp)
     }
 
     fn signal(&mut self, worker: WorkerId, signal: Signal) {
@@ -172,7 +193,9 @@ impl Shell {
     fn admit(&mut self, id: ListenerId, key: u32) -> Result<(), i32> {
         let group = self.listeners.of(id).map(|listener| listener.group).ok_or(nix::libc::ENOENT)?;
         let handle = self.listeners.handle(id).ok_or(nix::libc::ENOENT)?;
-        self.groups.admit(group, key, handle)?;
+        let worker = self.listeners.of(id).and_then(|listener| listener.worker);
+        let generation = worker.and_then(|worker| self.processes.get(&worker)).map(|p| p.generation);
+        self.groups.admit(group, key, handle, generation)?;
         self.listeners.note_key(group, key, Some(id));
         Ok(())
     }
@@ -208,6 +231,10 @@ impl Shell {
     fn tell_people(&mut self, report: Report) {
         match &report {
             Report::Launching(generation, _) => self.bring_up(*generation),
+            Report::Switched(generation) => self.remember_flows(*generation),
+            Report::SteeredBack(..) => {
+                self.core.status().active.into_iter().for_each(|active| self.remember_flows(active));
+            }
             Report::Failing(_, reason) => self.failing = Some(self.reason(*reason)),
             Report::Drained(generation) => {
                 self.groups.fold_counters(*generation);
@@ -221,15 +248,14 @@ impl Shell {
             Report::Ended(receipt) => self.keep_receipt(receipt),
             Report::LeftoversTaken(listener, count) => self.note_leftovers(*listener, *count, 0),
             Report::LeftoversLost(listener, count) => self.note_leftovers(*listener, 0, *count),
+            Report::DatagramsLost(group, count) => self.groups.note_leftovers(*group, 0, *count),
             Report::WorkerReady(_)
             | Report::Queued(_)
             | Report::Shared(..)
             | Report::Rolled(..)
-            | Report::SteeredBack(..)
             | Report::Scaled(..)
             | Report::SeatReplaced(..)
             | Report::Entered(..)
-            | Report::Switched(_)
             | Report::WorkerExited { .. }
             | Report::Respawning(..)
             | Report::Replaced(..)
@@ -262,6 +288,12 @@ impl Shell {
                 self.groups.rename(group, listen);
             }
             self.launches.insert(generation, launch);
+        }
+    }
+
+    fn remember_flows(&self, generation: Generation) {
+        for (group, listen) in self.launches.get(&generation).into_iter().flat_map(Launch::listeners) {
+            self.groups.remember_flows(group, listen.flows.map(|flows| flows.timeout));
         }
     }
 

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use reuseportd_core::GroupId;
 use reuseportd_sys::socket;
+use reuseportd_wire::status::Protocol;
 
 use super::Shell;
 use crate::config::Listen;
@@ -52,6 +53,13 @@ pub(super) fn check_bound(fd: BorrowedFd<'_>, listen: &Listen) -> Result<SocketA
     if !socket::is_reuseport(fd).unwrap_or(false) {
         return Err("it is not set SO_REUSEPORT".to_owned());
     }
+    let is_datagram = socket::is_datagram(fd).unwrap_or(false);
+    match listen.protocol {
+        Protocol::Tcp if is_datagram => return Err("it is a UDP socket, and TCP is configured".to_owned()),
+        Protocol::Udp if !is_datagram => return Err("it is a TCP socket, and UDP is configured".to_owned()),
+        Protocol::Udp => return Ok(bound),
+        Protocol::Tcp => {}
+    }
     if socket::is_listening(fd).unwrap_or(true) {
         return Err("it listens already; the master calls listen()".to_owned());
     }
@@ -82,11 +90,13 @@ mod tests {
         let address = address.parse().unwrap();
         let listen = Listen {
             name: "x".into(),
+            protocol: Protocol::Tcp,
             address,
             bind: Bind::Worker,
             v6only,
             backlog: 1,
             force_reuseport: false,
+            flows: None,
         };
         serves(local.parse().unwrap(), is_v6only, &listen)
     }

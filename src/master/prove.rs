@@ -5,8 +5,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use reuseportd_core::{ListenerId, Verdict, WorkerId};
-use reuseportd_sys::diag::{Socket as Listed, states};
+use reuseportd_sys::diag::{Protocol, Socket as Listed, states};
 use reuseportd_sys::{procfs, socket};
+use reuseportd_wire::status as wire;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Socket, Type};
 
@@ -99,7 +100,7 @@ impl Shell {
 
     /// Whether the worker accepted it (`true`), or another process; `None` as long as it waits.
     fn is_accepted(&self, worker: WorkerId, proof: &Proof) -> Option<bool> {
-        match proof.fate(&dump(Some(proof.port), HAS_PEER).ok()?) {
+        match proof.fate(&dump(Protocol::Tcp, Some(proof.port), HAS_PEER).ok()?) {
             Fate::Waits => None,
             Fate::Accepted(_) if !proof.is_shared => Some(true),
             Fate::Accepted(inode) => {
@@ -121,9 +122,12 @@ impl Shell {
             launch.seat_listeners().filter_map(move |(group, _)| self.listeners.of_seat(group, seat))
         });
         let mut all: Vec<(ListenerId, bool)> = own.chain(of_seat.map(|listener| (listener, true))).collect();
+        // To a UDP socket there is nothing to connect, and nothing that would show who read it: that it is there has to do.
+        all.retain(|(id, _)| !self.takes_datagrams(*id));
         // Requests go to the first listener of the config: others may speak another protocol.
-        if let Some((first, _)) =
-            self.launch_of(worker).filter(|l| is_asked(&l.config)).and_then(|l| l.listeners().next())
+        let launch = self.launch_of(worker).filter(|launch| is_asked(&launch.config));
+        if let Some((first, _)) = launch
+            .and_then(|launch| launch.listeners().find(|(_, listen)| listen.protocol == wire::Protocol::Tcp))
         {
             all.retain(|(id, _)| self.listeners.of(*id).is_some_and(|listener| listener.group == first));
             all.truncate(1);

@@ -3,14 +3,14 @@
 use std::rc::Rc;
 
 use reuseportd_core::{
-    Before, Breaker, CanaryStep, Engine, Event, Generation, Notice, Plan, Readiness, StopWhen, Ticket,
-    Trigger, Wait,
+    Before, Breaker, CanaryStep, Engine, Event, Generation, Notice, Plan, Policy, Readiness, StopWhen,
+    Ticket, Trigger, Wait,
 };
 use reuseportd_wire::status as wire;
 
 use super::launch::{Launch, UNKNOWN_CONFIG};
 use super::{Shell, clock, words};
-use crate::config::{self, Config, ReadinessMethod};
+use crate::config::{self, Config, Endpoint, ReadinessMethod};
 
 /// An upgrade that does not even begin.
 #[derive(Debug)]
@@ -139,16 +139,18 @@ impl Shell {
     /// A new address that shares traffic with one in use takes it at once, before any of its workers is ready.
     fn check_overlap(&self, new: &Config) -> Result<(), String> {
         for listen in &new.listen {
-            let in_use = self.groups.iter().map(|(_, group)| (group.address, group.v6only));
-            let others: Vec<_> = in_use.filter(|place| *place != listen.place()).collect();
-            if others.iter().any(|(address, _)| *address == listen.address) {
+            let in_use = self.groups.iter().map(|(_, group)| group.endpoint());
+            let others: Vec<_> = in_use.filter(|place| *place != listen.endpoint()).collect();
+            let is_at =
+                |place: &Endpoint| (place.protocol, place.address) == (listen.protocol, listen.address);
+            if others.iter().any(is_at) {
                 return Err(format!(
                     "listen {:?}: v6only of {} can't change in an upgrade: the kernel does not steer between sockets \
                      with and without it; restart the service to change it",
                     listen.name, listen.address
                 ));
             }
-            let clash = |other: &(_, bool)| Some((other.0, config::clash(*other, listen.place())?));
+            let clash = |other: &Endpoint| Some((other.address, config::clash(*other, listen.endpoint())?));
             if let Some((other, why)) = others.iter().find_map(clash) {
                 return Err(format!(
                     "listen {:?}: {} can't be added while {other} is served: the kernel would give it connections \
@@ -197,12 +199,24 @@ pub(super) fn plan(launch: &Launch, engine: Engine) -> Plan {
         Engine::Ebpf | Engine::None => std::time::Duration::from_secs(2),
     };
     let (upgrade, restart) = (&config.upgrade, &config.restart);
+    let of_kind = |is_it: fn(&config::Listen) -> bool| {
+        launch.listeners().filter(|(_, listen)| is_it(listen)).map(|(group, _)| group).collect()
+    };
     Plan {
         config: launch.config_number,
         workers: config.app.workers,
         configured: config.app.workers,
         groups: launch.groups.clone(),
         seat_groups: launch.seat_listeners().map(|(group, _)| group).collect(),
+        datagram_groups: of_kind(|listen| listen.protocol == wire::Protocol::Udp),
+        flow_groups: launch
+            .listeners()
+            .filter_map(|(group, listen)| Some((group, listen.flows?.timeout)))
+            .collect(),
+        policy: match config.steering.policy {
+            config::Policy::Hash => Policy::Hash,
+            config::Policy::Cpu => Policy::Cpu,
+        },
         readiness: match config.readiness.method {
             ReadinessMethod::Notify => Readiness::Notify,
             ReadinessMethod::Listen => Readiness::Listen,

@@ -38,6 +38,7 @@ impl Shell {
             }
             Report::LeftoversTaken(..)
             | Report::LeftoversLost(..)
+            | Report::DatagramsLost(..)
             | Report::SlotsUnsure(_)
             | Report::SteerFailed(..)
             | Report::ListenerLost(_) => self.log_listener(report),
@@ -220,6 +221,15 @@ impl Shell {
                     listener = listener.0,
                     count,
                     "{count} waiting connections of an ended worker had no one to go to (net.ipv4.tcp_migrate_req=1 would move them)"
+                );
+            }
+            Report::DatagramsLost(group, count) => {
+                let name = self.groups.name(*group);
+                tracing::warn!(
+                    event = "datagrams_lost",
+                    listener = name,
+                    count,
+                    "{count} datagrams waited for an ended worker of listener {name:?}: nobody can take them over"
                 );
             }
             Report::SlotsUnsure(group) => {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use reuseportd_core::{Generation, GroupId, ListenerId, Seat};
 use reuseportd_sys::{identity, socket};
 use reuseportd_wire::env;
+use reuseportd_wire::status::Protocol;
 use socket2::{Domain, Socket, Type};
 
 use super::Shell;
@@ -79,14 +80,21 @@ impl Shell {
 /// A group of sockets belongs to one uid: the socket is made as the workers' user, so that programs that bind for
 /// themselves can be in the same group.
 fn make(listen: &Listen, address: SocketAddr, uid: Option<rustix::fs::Uid>) -> io::Result<OwnedFd> {
-    let new = || Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), None);
+    let kind = match listen.protocol {
+        Protocol::Tcp => Type::STREAM,
+        Protocol::Udp => Type::DGRAM,
+    };
+    let new = || Socket::new(Domain::for_address(address), kind.cloexec(), None);
     let socket = identity::as_user(uid, new)?;
-    socket.set_reuse_address(true)?;
+    // For the restart of a whole service; a UDP port it would open to strangers.
+    socket.set_reuse_address(listen.protocol == Protocol::Tcp)?;
     socket.set_reuse_port(true)?;
     if address.is_ipv6() {
         socket.set_only_v6(listen.v6only)?;
     }
     socket.bind(&address.into())?;
-    socket::listen(socket.as_fd(), i32::try_from(listen.backlog).unwrap_or(i32::MAX))?;
+    if listen.protocol == Protocol::Tcp {
+        socket::listen(socket.as_fd(), i32::try_from(listen.backlog).unwrap_or(i32::MAX))?;
+    }
     Ok(socket.into())
 }

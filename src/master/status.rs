@@ -88,7 +88,11 @@ impl Shell {
             deadline_ms: view
                 .deadline
                 .map(|deadline| u64::try_from(deadline.since(clock::now()).as_millis()).unwrap_or(u64::MAX)),
-            workers: view.workers.iter().map(|worker| self.worker_status(worker, depths)).collect(),
+            workers: view
+                .workers
+                .iter()
+                .map(|worker| self.worker_status(view.state, worker, depths))
+                .collect(),
         }
     }
 
@@ -105,22 +109,31 @@ impl Shell {
 
     fn worker_status(
         &self,
+        of: GenerationState,
         view: &WorkerView,
         depths: &[(reuseportd_core::ListenerId, reuseportd_core::Depth)],
     ) -> wire::WorkerStatus {
         let process = view.worker.and_then(|worker| self.processes.get(&worker));
         let listener = |listener: &ListenerView| {
             let depth = depths.iter().find(|(id, _)| *id == listener.listener).map(|(_, depth)| depth);
+            let group = self.groups.of(listener.group);
+            let is_udp = group.is_some_and(|group| group.protocol == wire::Protocol::Udp);
             wire::WorkerListener {
                 name: self.groups.name(listener.group).to_owned(),
-                accept_queue: depth.map(|depth| depth.queued),
-                backlog: depth.map(|depth| depth.backlog),
+                accept_queue: depth.filter(|_| !is_udp).map(|depth| depth.queued),
+                backlog: depth.filter(|_| !is_udp).map(|depth| depth.backlog),
+                receive_queue: depth.filter(|_| is_udp).map(|depth| depth.queued),
+                drops: depth.and_then(|depth| depth.drops),
             }
         };
         wire::WorkerStatus {
             seat: u32::from(view.seat.0),
             pid: process.and_then(|process| u32::try_from(process.pid).ok()),
-            state: worker_state(view.state),
+            state: match worker_state(view.state) {
+                // It has flows left, which are its open connections.
+                wire::WorkerState::Retiring if of == GenerationState::Draining => wire::WorkerState::Draining,
+                state => state,
+            },
             restarts: view.restarts,
             started_at: process.map(|process| clock::wall(process.started)),
             status: process.and_then(|process| process.status.clone()),
@@ -136,7 +149,7 @@ impl Shell {
             .map(|(id, group)| wire::ListenerStatus {
                 name: group.name.clone(),
                 address: group.address.to_string(),
-                protocol: wire::Protocol::Tcp,
+                protocol: group.protocol,
                 bind: match group.bind {
                     Bind::Worker => wire::Bind::Worker,
                     Bind::Master => wire::Bind::Master,
@@ -146,6 +159,8 @@ impl Shell {
                 strangers: self.strangers(id).ok(),
                 leftovers_taken: group.leftovers_taken,
                 leftovers_lost: group.leftovers_lost,
+                flows_begun: self.groups.flow_counters(id).map(|flows| flows.begun),
+                flows_forgotten: self.groups.flow_counters(id).map(|flows| flows.overflow),
             })
             .collect()
     }

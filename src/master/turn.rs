@@ -4,8 +4,9 @@
 use std::cell::OnceCell;
 use std::io;
 
-use reuseportd_sys::diag::{Socket, states};
+use reuseportd_sys::diag::{Protocol, Socket, states};
 use reuseportd_sys::procfs::{self, Process};
+use reuseportd_wire::status as wire;
 
 use super::Shell;
 use super::look::dump;
@@ -37,8 +38,15 @@ impl Shell {
         Ok(processes.iter().any(|process| process.group == group && !process.is_zombie))
     }
 
-    /// Every listening socket of this network namespace.
+    /// Every listening socket of this network namespace; where there are UDP listeners, every UDP socket that is not
+    /// connected, too.
     pub(super) fn listening(&self) -> io::Result<&[Socket]> {
-        once(&self.turn.listening, || dump(None, states::LISTEN))
+        once(&self.turn.listening, || {
+            let mut sockets = dump(Protocol::Tcp, None, states::LISTEN)?;
+            if self.groups.iter().any(|(_, group)| group.protocol == wire::Protocol::Udp) {
+                sockets.extend(dump(Protocol::Udp, None, states::CLOSE)?);
+            }
+            Ok(sockets)
+        })
     }
 }

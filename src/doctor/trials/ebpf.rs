@@ -26,7 +26,7 @@ impl From<BpfError> for Trouble {
 
 /// Where the plan points.
 fn point_at(steer: &EbpfGroup, key: u32) -> Result<(), Trouble> {
-    let range = Range { weight_below: 0, base: key, count: 1, counter: 0 };
+    let range = Range { weight_below: 0, base: key, count: 1, counter: 0, step: 0 };
     // Plan records 0 and 1: the one for the other key may be in force.
     steer.write_plan(key, &Plan { ranges: vec![range] })?;
     Ok(steer.select(key)?)
@@ -36,7 +36,7 @@ fn steered(listener: &TcpListener) -> Result<EbpfGroup, Trouble> {
     if !capability::has_bpf() {
         return Err(Trouble::untested("CAP_BPF is missing", "reuseportd doctor   # again, with CAP_BPF"));
     }
-    let steer = EbpfGroup::new(2)?;
+    let steer = EbpfGroup::new(2, None)?;
     steer.admit(0, listener.as_fd())?;
     point_at(&steer, 0)?;
     steer.attach(listener.as_fd())?;
