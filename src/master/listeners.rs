@@ -62,6 +62,12 @@ impl Listeners {
         handle: OwnedFd,
     ) -> io::Result<ListenerId> {
         let (cookie, inode) = (socket::cookie(handle.as_fd())?, socket::inode(handle.as_fd())?);
+        // A UDP socket is found before it is handed over, as often as not.
+        let is_it = |known: &Listener| (known.group, known.worker, known.cookie) == (group, worker, cookie);
+        if let Some((id, known)) = self.by_id.iter_mut().find(|(_, known)| is_it(known)) {
+            known.handle.get_or_insert_with(|| Carried::new(handle));
+            return Ok(*id);
+        }
         self.last += 1;
         let id = ListenerId(self.last);
         self.by_id.insert(

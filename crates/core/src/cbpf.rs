@@ -83,7 +83,11 @@ impl Master {
 
     /// Releases a listener, the survey being fresh: leftovers first, then steering off the listener that will move.
     pub(crate) fn release_slot(&mut self, id: GroupId, leaving: ListenerId) {
-        let Some(listener) = self.listeners.get(&leaving) else { return self.work(id, Work::Idle) };
+        // Who is to be chosen has changed since it was decided: that comes first.
+        let is_stale = self.groups.get(&id).is_some_and(|group| group.is_stale);
+        let Some(listener) = self.listeners.get(&leaving).filter(|_| !is_stale) else {
+            return self.work(id, Work::Idle);
+        };
         let has_queue = !listener.gone && !self.takes_datagrams(id);
         let queued = listener.depth.filter(|_| has_queue).map_or(0, |depth| depth.queued);
         if queued > 0 && self.leave_to_sibling(id, leaving) {

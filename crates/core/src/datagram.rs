@@ -7,7 +7,7 @@ use crate::generation::{RetireStep, Retirement};
 use crate::group::Listener;
 use crate::id::{Generation, GroupId, ListenerId, RetirementId, Time, WorkerId};
 use crate::master::Master;
-use crate::plan::Engine;
+use crate::plan::{Engine, Plan};
 use crate::timers::Timer;
 use crate::worker::{LOOK_PAUSE, WorkerKind, WorkerState};
 use alloc::vec::Vec;
@@ -36,10 +36,18 @@ impl Master {
         self.report(Report::DatagramsLost(group, count));
     }
 
-    /// How long a flow of this listener may be idle, as its own generation wants it; `None`: none are kept.
+    /// How long a flow of this listener may be idle; `None`: none are kept. The kernel forgets the flows of all generations
+    /// by the active one's wish.
     fn flow_timeout(&self, listener: &Listener) -> Option<Duration> {
-        let plan = self.generations.get(&listener.generation).map(|record| &record.plan)?;
-        plan.flow_groups.iter().find(|(group, _)| *group == listener.group).map(|(_, timeout)| *timeout)
+        let wish = |plan: &Plan| {
+            plan.flow_groups.iter().find(|(group, _)| *group == listener.group).map(|(_, timeout)| *timeout)
+        };
+        let plan = |generation| self.generations.get(&generation).map(|record| &record.plan);
+        let own = wish(plan(listener.generation)?)?;
+        match self.active.and_then(plan).filter(|active| active.groups.contains(&listener.group)) {
+            Some(active) => wish(active).map(|in_force| in_force.min(own)),
+            None => Some(own),
+        }
     }
 
     /// Flows may go to it whatever the group is steered to: it has a key, and somebody reads.

@@ -17,6 +17,7 @@ mod cbpf;
 mod check;
 mod command;
 mod datagram;
+mod drained;
 mod ebpf;
 mod event;
 mod fail;

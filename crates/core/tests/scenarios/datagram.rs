@@ -3,9 +3,9 @@
 use crate::shell::{GROUP, Shell};
 use crate::{KILLED, SECOND, serve, signal, spawn, stop};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Found, Generation, GenerationState, ListenerId, MasterState, Number,
-    Outcome, Plan, Policy, Problem, Readiness, Reason, Report, Seat, Signal, StopMode, Ticket, Trigger,
-    Verdict, Wait, WorkerId,
+    Command, Engine, Event, Exit, Generation, GenerationState, ListenerId, MasterState, Number, Outcome,
+    Plan, Policy, Problem, Readiness, Reason, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, Wait,
+    WorkerId,
 };
 use std::time::Duration;
 
@@ -34,7 +34,9 @@ fn serving(engine: Engine, plan: &Plan) -> Shell {
 fn unaware(engine: Engine, plan: &Plan) -> Shell {
     let mut shell = Shell::new(engine);
     shell.launch(plan.clone(), Trigger::Start);
-    (1..=u32::from(plan.workers)).for_each(|worker| shell.is_found(worker));
+    for worker in 1..=u32::from(plan.workers) {
+        shell.listens(worker);
+    }
     shell
 }
 
@@ -72,16 +74,6 @@ impl Shell {
     fn says(&self, is_it: impl Fn(&Command) -> bool) -> bool {
         self.said.iter().any(is_it)
     }
-
-    /// An unmodified worker's socket is found.
-    fn is_found(&mut self, worker: u32) {
-        self.listeners += 1;
-        let listener = ListenerId(self.listeners);
-        self.members.push(listener);
-        self.owners.insert(listener, worker);
-        let (worker, found) = (WorkerId(worker), Found::All(vec![(GROUP, listener)]));
-        self.tell(Event::Found { worker, found });
-    }
 }
 
 #[test]
@@ -110,7 +102,7 @@ fn an_unmodified_worker_is_told_to_stop_when_nothing_waits() {
         let mut shell = unaware(engine, &taking_datagrams(1));
         shell.queued = 768;
         shell.launch(taking_datagrams(1), Trigger::Signal);
-        shell.is_found(2);
+        shell.listens(2);
         shell.pass(SECOND * 5);
         assert!(!shell.has_said(&signal(1, Signal::Stop)), "{engine:?}");
         shell.queued = 0;
@@ -133,6 +125,33 @@ fn what_a_slow_worker_has_not_read_yet_is_not_thrown_away() {
         shell.drains(1);
         shell.pass(SECOND);
         assert!(shell.has_said(&discard(1)), "{engine:?}");
+    }
+}
+
+/// It can't be shut down: its slot would not go with the handle.
+#[test]
+fn by_slot_a_socket_is_held_until_its_worker_has_closed_it() {
+    let mut shell = unaware(Engine::Cbpf, &taking_datagrams(1));
+    shell.launch(taking_datagrams(1), Trigger::Signal);
+    shell.listens(2);
+    shell.pass(SECOND * 10);
+    assert!(shell.has_said(&signal(1, Signal::Stop)) && shell.released().is_empty());
+    shell.owners.retain(|_, owner| *owner != 1);
+    shell.pass(SECOND);
+    assert_eq!(shell.released(), [1]);
+}
+
+#[test]
+fn by_slot_nothing_leaves_while_a_worker_may_bind_and_what_others_hold_keeps_its_slot() {
+    for (is_kept, slots) in [(false, vec![0, 1, 2]), (true, vec![1, 2, 3])] {
+        let mut shell = serving(Engine::Cbpf, &taking_datagrams(3));
+        shell.is_kept = is_kept;
+        shell.exits(1, KILLED);
+        shell.pass(SECOND * 5);
+        assert!(shell.released().is_empty(), "one that starts joins by binding");
+        shell.ready(4);
+        shell.pass(SECOND);
+        assert_eq!((shell.released(), shell.attached().pop()), (vec![1], Some(slots)));
     }
 }
 
@@ -195,7 +214,7 @@ fn an_unmodified_worker_reads_what_its_flows_sent_last() {
     let mut shell = unaware(Engine::Ebpf, &keeping_flows(1));
     shell.quiet = Some(Duration::ZERO);
     shell.launch(keeping_flows(1), Trigger::Signal);
-    shell.is_found(2);
+    shell.listens(2);
     shell.pass(SECOND);
     (shell.quiet, shell.queued) = (Some(TIMEOUT), 768);
     shell.pass(SECOND * 3);
@@ -203,6 +222,23 @@ fn an_unmodified_worker_reads_what_its_flows_sent_last() {
     shell.queued = 0;
     shell.pass(SECOND * 5);
     assert!(shell.has_said(&signal(1, Signal::Stop)));
+}
+
+/// What the look showed that found the flows idle may be older than what they sent last.
+#[test]
+fn between_the_end_of_flows_and_the_stop_there_is_another_look() {
+    let mut shell = unaware(Engine::Ebpf, &keeping_flows(1));
+    shell.quiet = Some(Duration::ZERO);
+    shell.launch(keeping_flows(1), Trigger::Signal);
+    shell.listens(2);
+    shell.pass(SECOND);
+    shell.quiet = Some(TIMEOUT);
+    while shell.evicted() == 0 {
+        shell.pass(Duration::from_millis(1));
+    }
+    shell.queued = 768;
+    shell.pass(SECOND);
+    assert!(!shell.has_said(&signal(1, Signal::Stop)));
 }
 
 #[test]
@@ -283,7 +319,7 @@ fn a_worker_that_closes_its_socket_unasked_is_found_and_replaced() {
         let reason = Reason::WrongListeners(Seat(1), WorkerId(2), Problem::NotListening(GROUP));
         assert!(shell.has_said(&Command::Report(Report::Replaced(WorkerId(2), reason))), "{engine:?}");
         shell.exits(2, Exit::Signal(15));
-        shell.is_found(3);
+        shell.listens(3);
         shell.pass(SECOND);
         assert!(shell.has_said(&lost(5)) && shell.has_said(&spawn(3, 1, 1)), "{engine:?}");
     }
@@ -294,7 +330,7 @@ fn a_worker_whose_sockets_were_found_before_it_spoke_is_what_it_says() {
     let mut shell = Shell::new(Engine::Ebpf);
     shell.launch(Plan { readiness: Readiness::Listen, ..taking_datagrams(1) }, Trigger::Start);
     shell.verdict = Verdict::Waiting;
-    shell.is_found(1);
+    shell.listens(1);
     let listeners = vec![(GROUP, ListenerId(1))];
     shell.tell(Event::Ready { worker: WorkerId(1), listeners });
     assert!(shell.has_said(&serve(1)) && shell.released().is_empty());

@@ -52,7 +52,7 @@ impl Shell {
     }
 
     /// An unmodified worker has started, and this is its listener.
-    fn listens(&mut self, worker: u32) -> ListenerId {
+    pub(crate) fn listens(&mut self, worker: u32) -> ListenerId {
         let listener = self.found(worker);
         let found = Found::All(vec![(GROUP, listener)]);
         self.tell(Event::Found { worker: WorkerId(worker), found });

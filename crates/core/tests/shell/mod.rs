@@ -37,6 +37,8 @@ pub(crate) struct Shell {
     pub(crate) answers: bool,
     /// `Save` is answered at once.
     pub(crate) keeps: bool,
+    /// Some process holds each socket for ever.
+    pub(crate) is_kept: bool,
     /// The sockets of workers do: they are in the group from `bind()` on.
     pub(crate) takes_datagrams: bool,
     pub(crate) members: Vec<ListenerId>,
@@ -61,6 +63,7 @@ impl Shell {
             anchors: Ok(()),
             answers: true,
             keeps: true,
+            is_kept: false,
             takes_datagrams: false,
             members: Vec::new(),
             owners: BTreeMap::new(),
@@ -220,7 +223,7 @@ impl Shell {
                 Event::Counted { connections: workers.iter().map(|worker| (*worker, self.open)).collect() }
             }
             Command::Release { listener, .. } => {
-                self.members.retain(|member| *member != listener);
+                self.members.retain(|member| *member != listener || self.is_kept);
                 return None;
             }
             _ => return None,

@@ -163,6 +163,12 @@ impl Oracle {
         };
         let ended: Vec<(GroupId, u32)> = match command {
             Command::Evict { group, key } => vec![(*group, *key)],
+            // Another worker of the seat may have it from now on: what it gets next says whose the flows are.
+            Command::Admit { listener, key } => {
+                let group = kernel.sockets[listener].group;
+                self.datagrams.flows.retain(|(of, _), seen| *of != group || seen.key != *key);
+                return;
+            }
             Command::Observe { group } => {
                 let of_group = self.datagrams.flows.iter_mut().filter(|((of, _), _)| of == group);
                 of_group.for_each(|(_, seen)| seen.unseen = false);
@@ -225,8 +231,7 @@ impl Oracle {
         let was_cut = last.is_none_or(|id| {
             let worker = &workers[&id];
             let is_told = worker.temper.handover && worker.temper.stop == StopHow::Hasty;
-            let is_replaced = self.protocol.lives.get(&id).is_some_and(|life| life.replaced);
-            let is_cut = !worker.runs && (is_replaced || !self.protocol.has_left(id));
+            let is_cut = !worker.runs && !self.protocol.has_left(id);
             let is_hasty = matches!(worker.temper.stop, StopHow::AtOnce) && worker.temper.handover;
             // A seat that nobody sat on.
             let is_vacant = socket.seat.is_some() && !self.protocol.is_ready(id);

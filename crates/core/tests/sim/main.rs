@@ -213,6 +213,9 @@ impl World {
         if let Some(odd) = self.seats_are_odd() {
             return Some(odd);
         }
+        if let Some(missing) = self.oracle.missing_handle(&self.kernel, &self.workers) {
+            return Some(format!("no handle of {missing:?}"));
+        }
         let spare = self.oracle.spare_handle(&self.kernel, &self.workers)?;
         Some(format!("a handle of {spare:?} is left: {:?}", self.kernel.sockets[&spare]))
     }

@@ -171,9 +171,9 @@ impl Protocol {
         self.lives.get(&worker).is_some_and(|life| life.exited.is_some())
     }
 
-    /// It was told to stop, and stopped.
+    /// It was told to stop, and stopped; not because it was taken for one that serves nobody.
     pub(crate) fn has_left(&self, worker: WorkerId) -> bool {
-        self.lives.get(&worker).is_some_and(|life| life.stopped.is_some() && !life.killed)
+        self.lives.get(&worker).is_some_and(|life| life.stopped.is_some() && !life.killed && !life.replaced)
     }
 
     pub(crate) fn steer_failed(&self, group: GroupId) -> bool {

@@ -4,7 +4,7 @@ use crate::kernel::{Kernel, Program, Socket, Stage};
 use crate::oracle::Oracle;
 use crate::workers::Worker;
 use reuseportd_core::{Engine, GroupId, ListenerId, WorkerId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 type Workers = BTreeMap<WorkerId, Worker>;
 
@@ -117,8 +117,9 @@ impl Oracle {
         if self.disturbed.contains_key(&group) || is_old_program || has_several {
             return Stray::Excused;
         }
-        let slots: usize = shares.iter().map(|share| share.slots.len()).sum();
+        // By processor one may have several places.
+        let slots: BTreeSet<u16> = shares.iter().flat_map(|share| share.slots.iter().copied()).collect();
         let waits = is_open || !self.protocol.has_left(id);
-        if hashed && slots <= 1 && waits { Stray::Served } else { Stray::Forbidden }
+        if hashed && slots.len() <= 1 && waits { Stray::Served } else { Stray::Forbidden }
     }
 }

@@ -1,6 +1,6 @@
 //! What the judge says between two events, and in the end.
 
-use crate::kernel::{Holder, Kernel, Stage};
+use crate::kernel::{Holder, Kernel, Socket, Stage};
 use crate::oracle::Oracle;
 use crate::workers::Worker;
 use reuseportd_core::{Engine, GroupId, ListenerId, WorkerId};
@@ -83,6 +83,21 @@ impl Oracle {
             }
         }
         None
+    }
+
+    /// A socket that takes datagrams, of a worker that serves: at rest each is held, or what waits there could not be counted.
+    pub(crate) fn missing_handle(&self, kernel: &Kernel, workers: &Workers) -> Option<ListenerId> {
+        // Nobody wants the sockets that one brings that is ready twice.
+        let serves = |socket: &Socket| {
+            let owner = socket.owner.filter(|owner| workers[owner].temper.announces < 2);
+            owner.is_some_and(|owner| self.protocol.is_serving(owner))
+        };
+        let is_needed = |socket: &Socket| {
+            kernel.takes_datagrams(socket.group) && socket.is_owned() && socket.known && serves(socket)
+        };
+        let is_held = |socket: &Socket| socket.holders.contains(&Holder::Master);
+        let mut sockets = kernel.sockets.iter().filter(|_| self.engine != Engine::None);
+        sockets.find(|(_, socket)| is_needed(socket) && !is_held(socket)).map(|(id, _)| *id)
     }
 
     /// Nobody may be waiting at the end, unless for a hanging orphan whose successors all failed.

@@ -50,6 +50,8 @@ pub(crate) struct Worker {
     /// It hangs since then.
     pub(crate) mute: Option<u64>,
     pub(crate) serves: bool,
+    /// It has said that it is ready.
+    announced: bool,
     /// Told to stop.
     pub(crate) stops: bool,
     pub(crate) drained: bool,
@@ -91,6 +93,7 @@ impl World {
             orphan: false,
             mute: None,
             serves: false,
+            announced: false,
             stops: false,
             drained: false,
             deserted: false,
@@ -197,8 +200,9 @@ impl World {
         // Said again, it brings new sockets: descriptors are never sent twice.
         let own = |s: &&ListenerId| self.kernel.sockets[s].seat.is_none();
         let sockets: Vec<ListenerId> = worker.sockets.iter().filter(own).copied().collect();
-        let again = sockets.iter().any(|s| self.kernel.sockets[s].known);
+        let again = worker.announced;
         let groups = worker.groups.clone();
+        self.set(id, |worker| worker.announced = true);
         if again {
             let fresh = groups.into_iter().map(|group| (group, self.bind_one(id, group))).collect();
             self.send_ready(id, fresh);
