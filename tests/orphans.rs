@@ -26,7 +26,7 @@ use crate::support::{PATIENCE, rounds};
 const UID: u32 = 61_236;
 
 /// Both at once, so that neither can replace the other.
-fn kill_with_keeper(world: &World, master: &mut Master) {
+pub(crate) fn kill_with_keeper(world: &World, master: &mut Master) {
     master.signal(Signal::STOP);
     let keepers = keepers_of(&world.app);
     assert_eq!(keepers.len(), 1);
@@ -35,7 +35,7 @@ fn kill_with_keeper(world: &World, master: &mut Master) {
 }
 
 /// Starts the next master and waits until it has upgraded away from these workers.
-fn replaced(master: &mut Master, orphans: &[u32]) -> Receipt {
+pub(crate) fn replaced(master: &mut Master, orphans: &[u32]) -> Receipt {
     let mark = master.upstream.mark();
     master.restart();
     assert!(master.upstream.wait(mark, "READY=1", PATIENCE).is_some(), "never ready:\n{}", master.log());

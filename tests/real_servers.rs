@@ -39,7 +39,7 @@ fn load(world: &World) -> Spec {
 }
 
 /// The examples in a directory of the test's, so that mistakes can be made in them and nothing is left behind.
-fn copy(world: &World) -> PathBuf {
+pub(crate) fn copy(world: &World) -> PathBuf {
     let directory = world.path("servers");
     fs::create_dir(&directory).unwrap();
     let files = fs::read_dir(repository(EXAMPLES)).unwrap().map(|entry| entry.unwrap().path());
@@ -51,7 +51,7 @@ fn copy(world: &World) -> PathBuf {
 }
 
 /// The example's config as it is, but for the places and names of this test.
-fn app(world: &World, directory: &Path, name: &str, engine: &str) -> App {
+pub(crate) fn app(world: &World, directory: &Path, name: &str, engine: &str) -> App {
     let text = fs::read_to_string(directory.join(name).with_extension("toml")).unwrap();
     let directory = directory.to_str().unwrap();
     let text = text

@@ -25,7 +25,7 @@ use crate::support::{PATIENCE, rounds};
 use crate::upgrade::control_loses;
 
 /// A re-exec that must succeed: it leaves no trace but its number.
-fn reexec(master: &Master) {
+pub(crate) fn reexec(master: &Master) {
     let before = master.status();
     let done = master.cli("reexec");
     assert_eq!((done.code, done.stdout.as_str()), (0, "re-executed\n"), "{done:#?}\n{}", master.log());

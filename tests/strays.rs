@@ -25,7 +25,7 @@ fn on(world: &World, address: SocketAddr) -> Spec {
 
 /// The instant at which the last group was switched, and half a dozen milliseconds for the rounding of a receipt's
 /// times.
-fn switched(receipt: &Receipt) -> Instant {
+pub(crate) fn switched(receipt: &Receipt) -> Instant {
     let started: jiff::Timestamp = receipt.started_at.parse().unwrap();
     let phases = receipt.phases.iter().filter(|time| matches!(time.phase, Phase::Launching | Phase::Switch));
     let took = Duration::from_millis(phases.map(|time| time.ms).sum::<u64>() + 6);
@@ -34,7 +34,7 @@ fn switched(receipt: &Receipt) -> Instant {
 }
 
 /// Generations that answered a connection begun after they had been switched away from.
-fn strays(report: &Report, started: Instant, switches: &[(u32, Instant)]) -> Vec<String> {
+pub(crate) fn strays(report: &Report, started: Instant, switches: &[(u32, Instant)]) -> Vec<String> {
     let mut found = Vec::new();
     for (generation, switched) in switches {
         let last_begun = report.generations.get(generation).map_or(0, |of| of.last_begun_us);

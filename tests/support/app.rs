@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::world::{World, example};
 
@@ -18,6 +18,7 @@ pub(crate) struct App {
     pub(crate) listen_lines: Vec<(Option<&'static str>, &'static str)>,
     pub(crate) probe: Vec<String>,
     pub(crate) app: Vec<String>,
+    pub(crate) steering: Vec<String>,
     pub(crate) upgrade: Vec<String>,
     pub(crate) restart: Vec<String>,
     pub(crate) control: Vec<String>,
@@ -43,6 +44,7 @@ impl App {
             listen_lines: Vec::new(),
             probe: Vec::new(),
             app: Vec::new(),
+            steering: Vec::new(),
             upgrade: Vec::new(),
             restart: Vec::new(),
             control: Vec::new(),
@@ -93,6 +95,25 @@ impl App {
         self
     }
 
+    /// A line of each `[[listen]]`.
+    pub(crate) fn listen(mut self, line: &'static str) -> App {
+        self.listen_lines.push((None, line));
+        self
+    }
+
+    /// A `[[listen]]` with a path, behind all others.
+    pub(crate) fn unix(mut self, name: &str, path: &Path, line: &str) -> App {
+        let own = format!("name = {name:?}\naddress = \"unix:{}\"\nbind = \"master\"", path.display());
+        self.control.push(format!("[[listen]]\n{own}\n{line}"));
+        self
+    }
+
+    /// A line of `[steering]`.
+    pub(crate) fn steering(mut self, line: impl Into<String>) -> App {
+        self.steering.push(line.into());
+        self
+    }
+
     /// A line of `[upgrade]`.
     pub(crate) fn upgrade(mut self, line: impl Into<String>) -> App {
         self.upgrade.push(line.into());
@@ -140,7 +161,8 @@ impl App {
             let others = self.listen_lines.iter().filter(|(of, _)| of.is_none_or(|of| of == name));
             table("[[listen]]", own.into_iter().chain(others.map(|(_, line)| (*line).to_owned())).collect());
         }
-        table("[steering]", vec![format!("engine = {:?}", self.engine)]);
+        let engine = format!("engine = {:?}", self.engine);
+        table("[steering]", [engine].into_iter().chain(self.steering.iter().cloned()).collect());
         let method = format!("method = {:?}", self.readiness);
         table("[readiness]", [method].into_iter().chain(self.probe.iter().cloned()).collect());
         table("[upgrade]", self.upgrade.clone());

@@ -18,6 +18,11 @@ pub(crate) struct Load {
 
 static ALONE: Mutex<()> = Mutex::new(());
 
+/// Waits until no other load runs, and keeps others from starting.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// For workers that need 5 ms per connection (800 a second with four of them): three quarters of what they can take,
 /// most of it in bursts, so that queues are hardly ever empty. Slow clients besides.
 pub(crate) fn slow_accepts(world: &World) -> Spec {
@@ -32,7 +37,7 @@ pub(crate) fn spec(world: &World) -> Spec {
 impl Load {
     /// Starts the load and waits until it is answered.
     pub(crate) fn start(spec: Spec) -> Load {
-        Load::started_with(spec, Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
+        Load::started_with(spec, Some(alone()))
     }
 
     /// A further load of the same test, on another address.

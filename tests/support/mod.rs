@@ -3,11 +3,13 @@
 pub(crate) mod app;
 pub(crate) mod client;
 pub(crate) mod container;
+pub(crate) mod flows;
 pub(crate) mod gate;
 pub(crate) mod load;
 pub(crate) mod machine;
 pub(crate) mod master;
 pub(crate) mod process;
+pub(crate) mod unix_load;
 pub(crate) mod upstream;
 pub(crate) mod watch;
 pub(crate) mod world;
