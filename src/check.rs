@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use nix::sys::resource::{Resource, getrlimit};
+use reuseportd_sys::procfs;
+use reuseportd_wire::status::Protocol;
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::thread::CapabilitySet;
 use socket2::{Domain, Socket, Type};
 
-use crate::config::{self, Config};
-use crate::force;
+use crate::config::{self, Config, Entry};
+use crate::{client, force, unix_file};
 
 /// What was found: errors stop a start, warnings cost something.
 #[derive(Debug, Default)]
@@ -34,6 +36,7 @@ pub(crate) fn run(path: &Path) -> ExitCode {
     let mut findings = Findings::default();
     let programs = check_programs(&config, &mut findings);
     check_listen(&config, &mut findings);
+    check_unix(&config, &mut findings);
     if config.listen.iter().any(|listen| listen.force_reuseport)
         && let Err(error) = force::try_here()
     {
@@ -102,7 +105,7 @@ fn check_listen(config: &Config, findings: &mut Findings) {
     let queue_max = sysctl("net/core/somaxconn");
     for listen in &config.listen {
         let (name, address) = (&listen.name, listen.address);
-        if let Err(error) = probe_address(address) {
+        if let Err(error) = probe_address(address, listen.protocol) {
             let remedy = match error.kind() {
                 ErrorKind::AddrNotAvailable => {
                     ": no interface here has it (ip address; or sysctl net.ipv4.ip_nonlocal_bind)"
@@ -119,19 +122,49 @@ fn check_listen(config: &Config, findings: &mut Findings) {
                 address.port(),
             ));
         }
-        if let Some(max) = queue_max.filter(|max| *max < u64::from(listen.backlog)) {
-            findings.warnings.push(format!(
-                "listen {name:?}: the kernel cuts backlog {} to {max} (sysctl -w net.core.somaxconn={})",
-                listen.backlog, listen.backlog,
-            ));
+        if listen.protocol == Protocol::Tcp {
+            check_backlog(name, listen.backlog, queue_max, findings);
+        }
+    }
+    for listen in &config.unix {
+        check_backlog(&listen.name, listen.backlog, queue_max, findings);
+    }
+}
+
+fn check_backlog(name: &str, backlog: u32, queue_max: Option<u64>, findings: &mut Findings) {
+    if let Some(max) = queue_max.filter(|max| *max < u64::from(backlog)) {
+        findings.warnings.push(format!(
+            "listen {name:?}: the kernel cuts backlog {backlog} to {max} (sysctl -w net.core.somaxconn={backlog})"
+        ));
+    }
+}
+
+/// What a start would refuse; a socket of the running app's own is no obstacle, nor one that systemd holds for it.
+fn check_unix(config: &Config, findings: &mut Findings) {
+    for listen in &config.unix {
+        let address = Entry::Unix(listen).address();
+        let is_ours = || {
+            let held = procfs::socket_inodes(1).unwrap_or_default();
+            if unix_file::listening(&listen.path).iter().any(|inode| held.iter().any(|(_, of)| of == inode)) {
+                return true;
+            }
+            let status = client::status_at(&config.control.socket);
+            status.is_ok_and(|status| status.listeners.iter().any(|listener| listener.address == address))
+        };
+        if let Err(error) = unix_file::check(listen, is_ours) {
+            findings.errors.push(error.to_string());
         }
     }
 }
 
 /// Binds the address with a port the kernel chooses, so that no socket in use is met.
-fn probe_address(mut address: SocketAddr) -> std::io::Result<()> {
+fn probe_address(mut address: SocketAddr, protocol: Protocol) -> std::io::Result<()> {
     address.set_port(0);
-    Socket::new(Domain::for_address(address), Type::STREAM, None)?.bind(&address.into())
+    let kind = match protocol {
+        Protocol::Tcp => Type::STREAM,
+        Protocol::Udp => Type::DGRAM,
+    };
+    Socket::new(Domain::for_address(address), kind, None)?.bind(&address.into())
 }
 
 fn check_limits(config: &Config, findings: &mut Findings) {
@@ -149,7 +182,7 @@ fn check_limits(config: &Config, findings: &mut Findings) {
             ));
         }
     }
-    let wanted = descriptors_wanted(config.app.workers, config.listen.len());
+    let wanted = descriptors_wanted(config.app.workers, config.listen.len() + config.unix.len());
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && hard < wanted
     {
@@ -199,8 +232,13 @@ fn summary(path: &Path, config: &Config, programs: &Programs) -> String {
     if let Some(check) = &programs.check {
         let _ = writeln!(text, "  check    {}", line(check, &config.expand_check(1)));
     }
-    for listen in &config.listen {
-        let _ = writeln!(text, "  listen   {} {} (backlog {})", listen.name, listen.address, listen.backlog);
+    for entry in config.listeners().in_order() {
+        let how = match entry {
+            Entry::Ip(listen) if listen.protocol == Protocol::Udp => "udp".to_owned(),
+            Entry::Ip(listen) => format!("backlog {}", listen.backlog),
+            Entry::Unix(listen) => format!("mode {:04o}, backlog {}", listen.mode, listen.backlog),
+        };
+        let _ = writeln!(text, "  listen   {} {} ({how})", entry.name(), entry.address());
     }
     let _ = writeln!(text, "  control  {}", config.control.socket.display());
     text

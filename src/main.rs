@@ -10,6 +10,7 @@ mod force;
 mod keeper;
 mod master;
 mod sockets;
+mod unix_file;
 
 use std::process::ExitCode;
 

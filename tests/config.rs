@@ -118,12 +118,16 @@ const MALFORMED: &[Case] = &[
         &["upgrade.batch", "upgrade.bake", "steer back to"],
     ),
     case("@APP\n@LISTEN\n[upgrade]\ncheck = [\"a\"]\n", "6:9", &["upgrade.check: would never run"]),
-    // Not yet.
-    case("@APP\n[console]\nlisten = \"127.0.0.1:9180\"\n@LISTEN\n", "4:10", &["console.listen: not supported yet"]),
     case(
         "@APP\n[[listen]]\naddress = \"unix:/run/w.sock\"\n",
         "4:11",
-        &["listen[0].address", "not supported yet"],
+        &["listen[0].bind: a path can be bound once only", "set bind = \"master\""],
+    ),
+    // Not yet.
+    case(
+        "@APP\n[console]\nlisten = \"127.0.0.1:9180\"\n@LISTEN\n",
+        "4:10",
+        &["console.listen: not supported yet"],
     ),
 ];
 

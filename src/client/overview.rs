@@ -176,7 +176,10 @@ fn listeners(listeners: &[ListenerStatus], paint: Paint) -> String {
         };
         table.row(vec![
             Cell::text(&listener.name),
-            Cell::text(&format!("{} {}", listener.protocol, listener.address)),
+            Cell::text(&match listener.address.starts_with("unix:") {
+                true => listener.address.clone(),
+                false => format!("{} {}", listener.protocol, listener.address),
+            }),
             Cell::text(listener.bind.as_str()),
             Cell::text(listener.engine.as_str()),
             Cell::number(listener.strangers).tone(strangers),
@@ -192,7 +195,8 @@ fn listeners(listeners: &[ListenerStatus], paint: Paint) -> String {
     for listener in listeners.iter().filter(|listener| listener.leftovers_lost > 0) {
         let (name, lost) = (&listener.name, listener.leftovers_lost);
         let what = if listener.protocol == Protocol::Udp { "datagram" } else { "connection" };
-        let said = format!("{name}: lost with ended workers that had not taken them: {}", count(Some(lost), what));
+        let said =
+            format!("{name}: lost with ended workers that had not taken them: {}", count(Some(lost), what));
         text += &wrap(&said, 2);
     }
     for listener in listeners {

@@ -1,7 +1,8 @@
 //! The words of `app.command` and `upgrade.check`, with placeholders.
 //!
-//! `{generation}`, `{seat}`, `{address.NAME}`, `{host.NAME}` and `{port.NAME}` are filled in for each worker (NAME is
-//! the name of a `[[listen]]`), all but `{seat}` for a check too. Anything else in braces that has the form of a
+//! `{generation}`, `{seat}`, `{address.NAME}`, `{host.NAME}`, `{port.NAME}` and `{path.NAME}` are filled in for each
+//! worker (NAME is the name of a `[[listen]]`; unix sockets have a path, all others host and port), all but `{seat}` for
+//! a check too. Anything else in braces that has the form of a
 //! placeholder (lower-case words and dots: `{sead}`) is a slip and refused; any other brace, as in JSON or shell code,
 //! stands for itself. To pass on the text `{seat}` itself, write `{{seat}}`.
 
@@ -9,7 +10,7 @@ use toml::Spanned;
 
 use super::problems::Problems;
 use super::suggest::did_you_mean;
-use super::{Config, Listen};
+use super::{Config, Entry, Listeners};
 
 /// What a command looks like.
 pub(super) const EXAMPLE: &str =
@@ -25,13 +26,13 @@ enum Piece<'a> {
 impl Config {
     /// The worker's argv. The first word is the program as written, see [`super::find_executable`].
     pub(crate) fn expand_command(&self, generation: u32, seat: u16) -> Vec<String> {
-        self.app.command.iter().map(|word| expand(word, &self.listen, generation, Some(seat))).collect()
+        self.app.command.iter().map(|word| expand(word, self.listeners(), generation, Some(seat))).collect()
     }
 
     /// The argv of `upgrade.check` for a generation; empty without a check. The first word is the program as written,
     /// see [`super::find_check`].
     pub(crate) fn expand_check(&self, generation: u32) -> Vec<String> {
-        self.upgrade.check.iter().map(|word| expand(word, &self.listen, generation, None)).collect()
+        self.upgrade.check.iter().map(|word| expand(word, self.listeners(), generation, None)).collect()
     }
 }
 
@@ -41,7 +42,7 @@ pub(super) fn check_words(
     key: &str,
     words: &[Spanned<String>],
     seat: Option<u16>,
-    listen: Option<&[Listen]>,
+    listen: Option<Listeners<'_>>,
     problems: &mut Problems,
 ) {
     for (index, word) in words.iter().enumerate() {
@@ -58,17 +59,40 @@ pub(super) fn check_words(
         }
         let slip = |listen| Some((listen, unknown_placeholder(word, listen, seat)?));
         if let Some((listen, slip)) = listen.and_then(slip) {
-            let help = placeholder_help(slip, listen, seat);
-            problems.add(&key, place, format!("unknown placeholder {{{slip}}}"), help);
+            let (message, help) = match of_the_other_kind(slip, listen) {
+                Some((why, instead)) => (format!("{{{slip}}}: {why}"), instead),
+                None => (format!("unknown placeholder {{{slip}}}"), placeholder_help(slip, listen, seat)),
+            };
+            problems.add(&key, place, message, help);
         }
     }
 }
 
-fn placeholder_help(slip: &str, listen: &[Listen], seat: Option<u16>) -> String {
+/// Why a listener that there is does not have what is asked for, and what it has.
+fn of_the_other_kind(slip: &str, listen: Listeners<'_>) -> Option<(&'static str, String)> {
+    let (what, of) = slip.split_once('.')?;
+    let entry = listen.in_order().find(|entry| entry.name() == of)?;
+    let said = match (what, entry) {
+        ("host" | "port", Entry::Unix(_)) => {
+            ("a unix socket has neither host nor port", format!("{{path.{of}}} is its path"))
+        }
+        ("path", Entry::Ip(_)) => {
+            ("an IP address has no path", format!("there are {{address.{of}}}, {{host.{of}}}, {{port.{of}}}"))
+        }
+        _ => return None,
+    };
+    Some(said)
+}
+
+fn placeholder_help(slip: &str, listen: Listeners<'_>, seat: Option<u16>) -> String {
     let mut known = vec!["generation".to_owned()];
     known.extend(seat.map(|_| "seat".to_owned()));
-    for listen in listen {
-        known.extend(["address", "host", "port"].map(|what| format!("{what}.{}", listen.name)));
+    for entry in listen.in_order() {
+        let own: &[&str] = match entry {
+            Entry::Ip(_) => &["address", "host", "port"],
+            Entry::Unix(_) => &["address", "path"],
+        };
+        known.extend(own.iter().map(|what| format!("{what}.{}", entry.name())));
     }
     let hint = match slip {
         // Known elsewhere: no slip of the pen.
@@ -80,7 +104,7 @@ fn placeholder_help(slip: &str, listen: &[Listen], seat: Option<u16>) -> String 
 }
 
 /// The first placeholder of an argument that means nothing here.
-fn unknown_placeholder<'a>(argument: &'a str, listen: &[Listen], seat: Option<u16>) -> Option<&'a str> {
+fn unknown_placeholder<'a>(argument: &'a str, listen: Listeners<'_>, seat: Option<u16>) -> Option<&'a str> {
     pieces(argument).into_iter().find_map(|piece| match piece {
         Piece::Placeholder(name) if value(name, listen, 0, seat).is_none() => Some(name),
         _ => None,
@@ -88,7 +112,7 @@ fn unknown_placeholder<'a>(argument: &'a str, listen: &[Listen], seat: Option<u1
 }
 
 /// The argument with what is known filled in.
-fn expand(argument: &str, listen: &[Listen], generation: u32, seat: Option<u16>) -> String {
+fn expand(argument: &str, listen: Listeners<'_>, generation: u32, seat: Option<u16>) -> String {
     let fill = |name: &str| value(name, listen, generation, seat).unwrap_or_else(|| format!("{{{name}}}"));
     let pieces = pieces(argument).into_iter().map(|piece| match piece {
         Piece::Literal(text) => text.to_owned(),
@@ -102,15 +126,18 @@ fn has_placeholder(argument: &str) -> bool {
     pieces(argument).iter().any(|piece| matches!(piece, Piece::Placeholder(_)))
 }
 
-fn value(name: &str, listen: &[Listen], generation: u32, seat: Option<u16>) -> Option<String> {
+fn value(name: &str, listen: Listeners<'_>, generation: u32, seat: Option<u16>) -> Option<String> {
     let (what, of) = name.split_once('.').unwrap_or((name, ""));
-    let address = || listen.iter().find(|listen| listen.name == of).map(|listen| listen.address);
+    let entry = || listen.in_order().find(|entry| entry.name() == of);
+    let ip = || listen.ip.iter().find(|listen| listen.name == of).map(|listen| listen.address);
+    let path = || listen.unix.iter().find(|listen| listen.name == of).map(|listen| &listen.path);
     match (what, of) {
         ("generation", "") => Some(generation.to_string()),
         ("seat", "") => seat.map(|seat| seat.to_string()),
-        ("address", _) => address().map(|address| address.to_string()),
-        ("host", _) => address().map(|address| address.ip().to_string()),
-        ("port", _) => address().map(|address| address.port().to_string()),
+        ("address", _) => entry().map(Entry::address),
+        ("host", _) => ip().map(|address| address.ip().to_string()),
+        ("port", _) => ip().map(|address| address.port().to_string()),
+        ("path", _) => path().map(|path| path.display().to_string()),
         _ => None,
     }
 }
@@ -156,11 +183,11 @@ fn word(text: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Bind;
+    use crate::config::{Bind, Listen, UnixListen};
     use reuseportd_wire::status::Protocol;
 
-    fn listen() -> Vec<Listen> {
-        vec![Listen {
+    fn with_listeners(test: impl Fn(Listeners<'_>)) {
+        let ip = [Listen {
             name: "http".into(),
             protocol: Protocol::Tcp,
             address: "[::1]:80".parse().unwrap(),
@@ -169,7 +196,15 @@ mod tests {
             backlog: 1,
             force_reuseport: false,
             flows: None,
-        }]
+        }];
+        let unix = [UnixListen {
+            name: "local".into(),
+            path: "/run/web.sock".into(),
+            mode: 0o660,
+            backlog: 1,
+            position: 1,
+        }];
+        test(Listeners { ip: &ip, unix: &unix });
     }
 
     #[test]
@@ -180,11 +215,12 @@ mod tests {
             ("g{generation}s{seat}", "g7s3"),
             ("{address.http}", "[::1]:80"),
             ("{host.http} {port.http}", "::1 80"),
+            ("{address.local}: {path.local}", "unix:/run/web.sock: /run/web.sock"),
             ("{{seat}}", "{seat}"),
             ("${{home}}", "${home}"),
             ("{{{seat}}}", "{{seat}}"),
         ] {
-            assert_eq!(expand(written, &listen(), 7, Some(3)), filled, "{written}");
+            with_listeners(|listen| assert_eq!(expand(written, listen, 7, Some(3)), filled, "{written}"));
         }
     }
 
@@ -202,8 +238,10 @@ mod tests {
             "{ seat }",
             "é{ü}",
         ] {
-            assert_eq!(expand(text, &listen(), 7, Some(3)), text);
-            assert_eq!(unknown_placeholder(text, &listen(), Some(0)), None, "{text}");
+            with_listeners(|listen| {
+                assert_eq!(expand(text, listen, 7, Some(3)), text);
+                assert_eq!(unknown_placeholder(text, listen, Some(0)), None, "{text}");
+            });
         }
     }
 
@@ -214,9 +252,22 @@ mod tests {
             ("x{port.https}y", "port.https"),
             ("{seat.http}", "seat.http"),
             ("{address}", "address"),
+            ("{port.local}", "port.local"),
+            ("{path.http}", "path.http"),
         ] {
-            assert_eq!(unknown_placeholder(text, &listen(), Some(0)), Some(slip));
+            with_listeners(|listen| assert_eq!(unknown_placeholder(text, listen, Some(0)), Some(slip)));
         }
-        assert_eq!(unknown_placeholder("{seat}", &listen(), None), Some("seat"));
+        with_listeners(|listen| assert_eq!(unknown_placeholder("{seat}", listen, None), Some("seat")));
+    }
+
+    #[test]
+    fn what_the_other_kind_has_is_told() {
+        with_listeners(|listen| {
+            let said =
+                |slip| of_the_other_kind(slip, listen).map(|(why, instead)| format!("{why}: {instead}"));
+            assert!(said("port.local").unwrap().contains("{path.local}"));
+            assert!(said("path.http").unwrap().contains("{port.http}"));
+            assert_eq!(said("sead.http"), None);
+        });
     }
 }

@@ -8,8 +8,8 @@ use toml::Spanned;
 
 use super::problems::{FILE_START, Problems};
 use super::schema;
-use super::values::{Refused, parse_name, refused};
 use super::unix::{self, PREFIX};
+use super::values::{Refused, parse_name, refused};
 use super::{Bind, EngineChoice, Flows, Listen, Listeners, UnixListen};
 
 /// Each costs every worker a descriptor and a socket; more is a slip.

@@ -32,8 +32,8 @@ use std::time::Duration;
 
 use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
-use reuseportd_wire::status::Protocol;
 use reuseportd_sys::identity::Identity;
+use reuseportd_wire::status::Protocol;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::diagnose::ConfigErrors;

@@ -9,6 +9,7 @@ use rustix::thread::CapabilitySet;
 use super::*;
 
 mod datagrams;
+mod unix;
 
 const SMALLEST: &str = r#"
 [app]

@@ -9,7 +9,7 @@ use super::command::check_words;
 use super::problems::Problems;
 use super::schema::{self, Scalar};
 use super::values::{parse_duration, parse_share, quoted};
-use super::{Bind, CanaryStep, EngineChoice, Listen, StopWhen, Upgrade};
+use super::{Bind, CanaryStep, EngineChoice, Listeners, StopWhen, Upgrade};
 
 const SECOND: Duration = Duration::from_secs(1);
 

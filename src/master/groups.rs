@@ -159,8 +159,11 @@ impl Groups {
     }
 
     /// The groups of these addresses, in their order: those there are, and new ones with maps of their own.
-    pub(super) fn open(&mut self, listen: &[Listen]) -> Result<Vec<GroupId>, BpfError> {
-        listen.iter().map(|listen| self.open_one(listen)).collect()
+    pub(super) fn open<'a>(
+        &mut self,
+        listen: impl Iterator<Item = &'a Listen>,
+    ) -> Result<Vec<GroupId>, BpfError> {
+        listen.map(|listen| self.open_one(listen)).collect()
     }
 
     fn open_one(&mut self, listen: &Listen) -> Result<GroupId, BpfError> {

@@ -27,9 +27,11 @@ use super::output::Output;
 use super::process::{LastLines, Process};
 use super::runtime::Runtime;
 use super::seats::FIRST_NUMBER;
+use super::shared::{PassedToWorkers, Shared, SharedId};
 use super::{Shell, clock};
-use crate::config::{self, Bind, Config, Listen, Output as OutputMode, ReadinessMethod};
+use crate::config::{self, Bind, Config, Entry, Listen, Output as OutputMode, ReadinessMethod, UnixListen};
 use crate::force::{self, ForceError};
+use crate::unix_file::UnixError;
 
 /// The number of the config of workers that were found without a master.
 pub(super) const UNKNOWN_CONFIG: u64 = u64::MAX;
@@ -40,8 +42,11 @@ pub(super) const UNKNOWN_CONFIG: u64 = u64::MAX;
 pub(super) struct Launch {
     pub(super) config: Rc<Config>,
     pub(super) executable: Carried<PinnedExecutable>,
-    /// The groups of its listeners, in the config's order.
+    /// The groups of its listeners, in the config's order; those with a shared socket have none.
     pub(super) groups: Vec<GroupId>,
+    /// Shared sockets by the names of their listeners.
+    #[serde(default)]
+    pub(super) shared: BTreeMap<String, SharedId>,
     /// Names the config: the same for equal ones.
     #[serde(default)]
     pub(super) config_number: u64,
@@ -86,6 +91,15 @@ pub(super) enum LaunchError {
          (see `reuseportd doctor`); give the master CAP_BPF, or leave it out"
     )]
     NoFlows { name: String },
+    #[error(
+        "readiness.method = {method:?} can't tell whether a worker is ready: the service manager passed all its sockets, \
+         from which any other may accept; use \"notify\": the worker says READY=1"
+    )]
+    AllShared { method: &'static str },
+    #[error(transparent)]
+    Passed(#[from] PassedToWorkers),
+    #[error(transparent)]
+    Unix(#[from] UnixError),
     #[error("listen.force_reuseport: {0}")]
     Force(#[from] ForceError),
     #[error(
@@ -112,8 +126,11 @@ impl Launch {
         config: Rc<Config>,
         runtime: &Runtime,
         groups: &mut Groups,
+        shared: &mut Shared,
     ) -> Result<Launch, LaunchError> {
-        check_readiness(&config, groups.choice.engine)?;
+        let passed = shared.passed_for(&config)?;
+        let is_steered = |listen: &&Listen| !passed.contains_key(&listen.name);
+        check_readiness(&config, config.listen.iter().filter(is_steered), groups.choice.engine)?;
         check_steering(&config, groups.choice.engine)?;
         config.app.check_identity()?;
         let notify = runtime.notify_path();
@@ -136,6 +153,7 @@ impl Launch {
             config,
             executable,
             groups: Vec::new(),
+            shared: passed,
             config_number: 0,
             variables,
             sha256: OnceCell::new(),
@@ -148,12 +166,17 @@ impl Launch {
             // What only generations had that are gone.
             let _ = force::remove(&cgroup);
         }
-        launch.groups = groups.open(&launch.config.listen)?;
+        launch.open(runtime, groups, shared)?;
         Ok(launch)
     }
 
     /// The same config and environment and the very same program, for another generation.
-    pub(super) fn again(&self, groups: &mut Groups) -> Result<Launch, LaunchError> {
+    pub(super) fn again(
+        &self,
+        runtime: &Runtime,
+        groups: &mut Groups,
+        shared: &mut Shared,
+    ) -> Result<Launch, LaunchError> {
         if self.config_number == UNKNOWN_CONFIG {
             return Err(LaunchError::Unknown);
         }
@@ -165,19 +188,40 @@ impl Launch {
         if !self.executable.is_intact() {
             return Err(LaunchError::Overwritten { path: shown() });
         }
-        Ok(Launch {
+        let mut launch = Launch {
             config: Rc::clone(&self.config),
             executable: Carried::new(self.executable.try_clone().map_err(LaunchError::Descriptor)?),
-            groups: groups.open(&self.config.listen)?,
+            groups: Vec::new(),
+            shared: shared.passed_for(&self.config)?,
             config_number: self.config_number,
             variables: self.variables.clone(),
             sha256: self.sha256.clone(),
-        })
+        };
+        launch.open(runtime, groups, shared)?;
+        Ok(launch)
+    }
+
+    /// Its groups and shared sockets: those there are, and new ones.
+    fn open(
+        &mut self,
+        runtime: &Runtime,
+        groups: &mut Groups,
+        shared: &mut Shared,
+    ) -> Result<(), LaunchError> {
+        self.groups = groups.open(self.steered())?;
+        let passed = std::mem::take(&mut self.shared);
+        self.shared = shared.open(&self.config, &runtime.notify_path(), passed)?;
+        Ok(())
+    }
+
+    /// What has a group; all others have a shared socket.
+    fn steered(&self) -> impl Iterator<Item = &Listen> {
+        self.config.listen.iter().filter(|listen| !self.shared.contains_key(&listen.name))
     }
 
     /// Its listeners with their groups.
     pub(super) fn listeners(&self) -> impl Iterator<Item = (GroupId, &Listen)> {
-        self.groups.iter().copied().zip(&self.config.listen)
+        self.groups.iter().copied().zip(self.steered())
     }
 
     /// The addresses at which `bind()` sets SO_REUSEPORT.
@@ -196,15 +240,18 @@ impl Launch {
 
     /// The number under which a worker finds its channel: behind its sockets, whose numbers are fixed.
     fn channel_number(&self) -> i32 {
-        (FIRST_NUMBER..).nth(self.seat_listeners().count()).unwrap_or(FIRST_NUMBER)
+        (FIRST_NUMBER..).nth(self.passed().count()).unwrap_or(FIRST_NUMBER)
     }
 
     /// What the master tells workers and checks alike.
     pub(super) fn own_variables(&self, generation: Generation) -> Vec<(&'static str, String)> {
-        let listen = self.config.listen.iter().map(|listen| env::Listen {
-            name: listen.name.clone(),
-            protocol: listen.protocol,
-            address: listen.address,
+        let listen = self.config.listeners().in_order().map(|entry| match entry {
+            Entry::Ip(Listen { name, protocol, address, .. }) => {
+                env::Listen { name: name.clone(), protocol: *protocol, address: *address }.to_string()
+            }
+            Entry::Unix(UnixListen { name, path, .. }) => {
+                env::UnixListen { name: name.clone(), path: path.display().to_string() }.to_string()
+            }
         });
         vec![
             (env::APP, self.config.app.name.clone()),
@@ -229,7 +276,7 @@ impl Launch {
         if let Some(timeout) = self.config.watchdog {
             own.push((env::WATCHDOG_USEC, timeout.as_micros().to_string()));
         }
-        own.extend(self.seat_variables(generation));
+        own.extend(self.passed_variables(generation));
         own
     }
 
@@ -329,9 +376,9 @@ impl Shell {
             (writer.unwrap_or(stderr), 2),
             (theirs.as_fd(), launch.channel_number()),
         ];
-        fds.extend(self.seat_fds(launch, seat));
+        fds.extend(self.passed_fds(launch, seat).map_err(prepare)?);
         let directory = launch.directory().map_err(nul)?;
-        let listen_pid = launch.seat_listeners().next().map(|_| env::LISTEN_PID);
+        let listen_pid = launch.passed().next().map(|_| env::LISTEN_PID);
         let watchdog_pid = launch.config.watchdog.map(|_| env::WATCHDOG_PID);
         let pid_variables: Vec<_> = listen_pid.into_iter().chain(watchdog_pid).collect();
         let cgroup = launch.cgroup(&self.runtime).map_err(|error| prepare(io::Error::other(error)))?;
@@ -359,9 +406,16 @@ impl Shell {
 }
 
 /// Whether workers can be proven the way the config wants, with this engine.
-fn check_readiness(config: &Config, engine: Engine) -> Result<(), LaunchError> {
-    let has_seats = config.listen.iter().any(|listen| listen.bind == Bind::Master);
+fn check_readiness<'a>(
+    config: &Config,
+    mut steered: impl Iterator<Item = &'a Listen> + Clone,
+    engine: Engine,
+) -> Result<(), LaunchError> {
+    let has_none = steered.clone().next().is_none();
+    let has_seats = steered.any(|listen| listen.bind == Bind::Master);
     match config.readiness.method {
+        ReadinessMethod::Http if has_none => Err(LaunchError::AllShared { method: "http" }),
+        ReadinessMethod::Listen if has_none => Err(LaunchError::AllShared { method: "listen" }),
         _ if engine == Engine::Ebpf => Ok(()),
         ReadinessMethod::Http => Err(LaunchError::Readiness { method: "http", with: "" }),
         // A socket that is passed listens before its worker has begun: that it does shows nothing.

@@ -167,10 +167,9 @@ impl Shell {
     /// Open connections of each worker, through any of the configured ports.
     pub(super) fn count(&self, workers: &[WorkerId]) -> io::Result<Vec<(WorkerId, u32)>> {
         let mut open = BTreeSet::new();
+        open.extend(self.shared.accepted()?);
         for (_, group) in self.groups.iter() {
-            let states = !(states::LISTEN | states::SYN_RECV | states::TIME_WAIT | states::CLOSE);
-            let sockets =
-                dump(kernel_protocol(group.protocol), Some(group.address.port()), states & ALL_STATES)?;
+            let sockets = dump(kernel_protocol(group.protocol), Some(group.address.port()), OPEN_STATES)?;
             // Inode 0: not accepted yet, or closed by its process already.
             open.extend(
                 sockets.into_iter().map(|socket| u64::from(socket.inode)).filter(|inode| *inode != 0),
@@ -221,6 +220,10 @@ fn endpoint_of(socket: &Socket, protocol: wire::Protocol) -> Endpoint {
 
 /// All the states there are: twelve, numbered from 1.
 const ALL_STATES: u32 = 0x1ffe;
+
+/// Those of connections.
+pub(super) const OPEN_STATES: u32 =
+    ALL_STATES & !(states::LISTEN | states::SYN_RECV | states::TIME_WAIT | states::CLOSE);
 
 /// A dump, asked for again as long as the kernel says that it may be incomplete.
 pub(super) fn dump(protocol: Protocol, port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {

@@ -1,6 +1,7 @@
 //! The master: owns descriptors, processes and the clock, and decides nothing. What happens becomes an event for the
 //! core; what the core answers is carried out, one command after the other.
 
+mod activation;
 mod carried;
 mod channel;
 mod checks;
@@ -30,6 +31,7 @@ mod restore;
 mod run;
 mod runtime;
 mod seats;
+mod shared;
 mod snapshot;
 mod start;
 mod status;
@@ -57,6 +59,7 @@ use self::listeners::Listeners;
 use self::process::Process;
 use self::reexec::Preflight;
 use self::runtime::Runtime;
+use self::shared::Shared;
 use self::upstream::Upstream;
 use crate::config::{Config, LogFormat};
 use crate::keeper::Keeper;
@@ -108,6 +111,7 @@ struct Shell {
     processes: BTreeMap<WorkerId, Process>,
     listeners: Listeners,
     groups: Groups,
+    shared: Shared,
     /// The last look at each group.
     views: BTreeMap<GroupId, GroupView>,
     /// Listeners whose leftovers a worker was asked to take, by the name it knows.

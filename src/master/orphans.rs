@@ -62,7 +62,8 @@ impl Shell {
         // A socket that two of a seat share is the later one's, which goes on longer.
         entries.sort_by_key(|entry| (entry.seat, Reverse(entry.generation)));
         let generation = Generation(entries.iter().map(|entry| entry.generation).max().unwrap_or(1));
-        let launch = Launch::prepare(Rc::clone(&self.config), &self.runtime, &mut self.groups);
+        let launch =
+            Launch::prepare(Rc::clone(&self.config), &self.runtime, &mut self.groups, &mut self.shared);
         let mut launch = launch.map_err(|error| error.to_string())?;
         launch.config_number = UNKNOWN_CONFIG;
         let plan = reload::plan(&launch, self.groups.choice.engine);

@@ -4,7 +4,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
-use reuseportd_core::{Command, Event, Generation, GroupId, ListenerId, Phase, Report, Signal, WorkerId};
+use reuseportd_core::{
+    Command, Event, Generation, GroupId, ListenerId, Notice, Phase, Report, Signal, WorkerId,
+};
 use reuseportd_sys::{pidfd, socket};
 use reuseportd_wire::control::Reply;
 use reuseportd_wire::status::Protocol;
@@ -75,7 +77,7 @@ impl Shell {
             Command::Release { listener, shutdown } => self.release(listener, shutdown),
             Command::Observe { group } => self.look_at(group),
             Command::Count { workers } => self.count_connections(&workers),
-            Command::Notify(notice) => self.upstream.notice(notice),
+            Command::Notify(notice) => self.notify_upstream(notice),
             Command::Preflight => self.begin_preflight(),
             Command::EndPreflight => self.end_preflight(),
             Command::Reexec => self.is_reexec_due = true,
@@ -92,6 +94,13 @@ impl Shell {
             Command::Exit { code } => self.exit = Some(code),
         }
         None
+    }
+
+    fn notify_upstream(&mut self, notice: Notice) {
+        if notice == Notice::Stopping {
+            self.close_doors();
+        }
+        self.upstream.notice(notice);
     }
 
     fn evict(&mut self, group: GroupId, key: u32) {
@@ -231,7 +240,12 @@ impl Shell {
     fn tell_people(&mut self, report: Report) {
         match &report {
             Report::Launching(generation, _) => self.bring_up(*generation),
-            Report::Switched(generation) => self.remember_flows(*generation),
+            Report::Switched(generation) => {
+                self.remember_flows(*generation);
+                if let Some(launch) = self.launches.get(generation) {
+                    self.shared.settle(&launch.config, &launch.shared);
+                }
+            }
             Report::SteeredBack(..) => {
                 self.core.status().active.into_iter().for_each(|active| self.remember_flows(active));
             }
@@ -245,7 +259,10 @@ impl Shell {
                 self.prepared.pop_front();
                 self.close_groups();
             }
-            Report::Ended(receipt) => self.keep_receipt(receipt),
+            Report::Ended(receipt) => {
+                self.keep_receipt(receipt);
+                self.keep_shared();
+            }
             Report::LeftoversTaken(listener, count) => self.note_leftovers(*listener, *count, 0),
             Report::LeftoversLost(listener, count) => self.note_leftovers(*listener, 0, *count),
             Report::DatagramsLost(group, count) => self.groups.note_leftovers(*group, 0, *count),
@@ -312,6 +329,7 @@ impl Shell {
         let used = present.chain(&self.prepared).flat_map(|launch| launch.groups.iter().copied()).collect();
         self.groups.keep(&used);
         self.views.retain(|group, _| used.contains(group));
+        self.keep_shared();
     }
 
     fn keep_receipt(&mut self, receipt: &reuseportd_core::Receipt) {

@@ -36,19 +36,20 @@ pub(super) struct Proof {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Waits,
+    /// TCP_DEFER_ACCEPT: for a second or so the kernel waits for data before anybody can accept it.
+    Deferred,
     /// Under this inode, which is 0 where there is none to tell.
     Accepted(u64),
 }
 
 impl Proof {
-    /// With TCP_DEFER_ACCEPT there is nothing to take before data comes: such a listener can't be proven by an empty
-    /// connection, and passes.
     fn fate(&self, listed: &[Listed]) -> Fate {
         let ours =
             listed.iter().find(|socket| socket.remote == self.source && socket.local.port() == self.port);
         match ours {
             // Without an inode it has not been accepted, or was, and has been closed.
             Some(socket) if socket.inode == 0 && IN_QUEUE & socket.state != 0 => Fate::Waits,
+            Some(socket) if socket.state == states::SYN_RECV => Fate::Deferred,
             Some(socket) => Fate::Accepted(socket.inode.into()),
             None => Fate::Accepted(0),
         }
@@ -102,6 +103,9 @@ impl Shell {
     fn is_accepted(&self, worker: WorkerId, proof: &Proof) -> Option<bool> {
         match proof.fate(&dump(Protocol::Tcp, Some(proof.port), HAS_PEER).ok()?) {
             Fate::Waits => None,
+            // A program that sets this has begun to serve, unless it was an older worker of the seat that set it.
+            Fate::Deferred if proof.is_shared => None,
+            Fate::Deferred => Some(true),
             Fate::Accepted(_) if !proof.is_shared => Some(true),
             Fate::Accepted(inode) => {
                 let pid = self.pid(worker);

@@ -42,7 +42,7 @@ impl Shell {
         })?;
         let refuse = |text: String| (text.clone(), Refusal { text, code: 1 });
         self.check_change(&config).map_err(refuse)?;
-        let mut launch = Launch::prepare(Rc::new(config), &self.runtime, &mut self.groups)
+        let mut launch = Launch::prepare(Rc::new(config), &self.runtime, &mut self.groups, &mut self.shared)
             .map_err(|error| refuse(error.to_string()))?;
         launch.config_number = self.number_of(&launch.config);
         let plan = plan(&launch, self.groups.choice.engine);
@@ -99,7 +99,10 @@ impl Shell {
         let launch = self.launches.get(&generation).ok_or("nothing is known of it any more");
         let config = launch.map_err(|error| failed(&error))?.config.clone();
         self.check_change(&config).map_err(|error| failed(&error))?;
-        let launch = self.launches.get(&generation).map(|launch| launch.again(&mut self.groups));
+        let launch = self
+            .launches
+            .get(&generation)
+            .map(|launch| launch.again(&self.runtime, &mut self.groups, &mut self.shared));
         let launch = launch.ok_or_else(String::new)?.map_err(|error| failed(&error))?;
         if launch.executable.is_script() {
             let path = launch.executable.path();

@@ -10,6 +10,7 @@ use reuseportd_core::{Event, Verdict};
 use reuseportd_sys::signals::SignalPipe;
 use reuseportd_sys::{image, memfd};
 
+use super::activation::Passed;
 use super::carried::Carried;
 use super::control::Clients;
 use super::keeping::{Saving, is_first_process};
@@ -50,7 +51,11 @@ pub(super) enum Adoption {
 }
 
 /// Takes over what a master that was killed has left with its keeper.
-pub(super) fn adopt(signals: SignalPipe, runtime: Runtime) -> Result<Adoption, NoStart> {
+pub(super) fn adopt(
+    signals: SignalPipe,
+    runtime: Runtime,
+    passed: &mut Vec<Passed>,
+) -> Result<Adoption, NoStart> {
     let Inheritance { state, mut fds, keeper } = match keeper::fetch(&runtime.keeper_path()) {
         Ok(Some(inheritance)) => inheritance,
         Ok(None) => return Ok(Adoption::Nothing(signals, runtime)),
@@ -64,9 +69,11 @@ pub(super) fn adopt(signals: SignalPipe, runtime: Runtime) -> Result<Adoption, N
     };
     match read(&state, &mut fds) {
         Ok(snapshot) => {
-            let shell = take_over(snapshot, signals, runtime, keeper).map_err(|error| {
+            let mut shell = take_over(snapshot, signals, runtime, keeper).map_err(|error| {
                 format!("cannot take over from the master that has ended: {error}; its workers serve on")
             })?;
+            // The service manager has given this process the same sockets that the keeper had, or more.
+            shell.shared.receive(std::mem::take(passed));
             Ok(Adoption::Done(Box::new(shell)))
         }
         // It lives, and so do its workers.
@@ -158,6 +165,7 @@ impl Snapshot {
             processes: self.processes,
             listeners: self.listeners,
             groups: self.groups,
+            shared: self.shared,
             views: BTreeMap::new(),
             taking: taking.collect(),
             proofs: BTreeMap::new(),

@@ -51,6 +51,7 @@ impl Shell {
             }
             self.settle();
         }
+        self.end_shared();
         // Nothing is left to be kept.
         self.keeper.take().map(Carried::into_inner).into_iter().for_each(Keeper::dismiss);
         self.exit.unwrap_or(0)

@@ -1,4 +1,4 @@
-//! Sockets the master makes for seats, and how their workers find them: the LISTEN_FDS protocol.
+//! Sockets the master makes for seats, and how workers find what is passed to them: the LISTEN_FDS protocol.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,26 +13,49 @@ use socket2::{Domain, Socket, Type};
 use super::Shell;
 use super::groups::errno;
 use super::launch::Launch;
-use crate::config::{Bind, Listen};
+use super::shared::SharedId;
+use crate::config::{Bind, Entry, Listen};
 
 /// The number of the first passed socket, by the protocol.
 pub(super) const FIRST_NUMBER: i32 = 3;
 
+/// Whose socket is passed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    /// Its seat's.
+    Seat(GroupId),
+    /// That of all workers.
+    Shared(SharedId),
+}
+
 impl Launch {
-    /// The listeners whose sockets the master makes, in the order they are passed.
+    /// The listeners with a socket for each seat.
     pub(super) fn seat_listeners(&self) -> impl Iterator<Item = (GroupId, &Listen)> {
         self.listeners().filter(|(_, listen)| listen.bind == Bind::Master)
     }
 
+    /// The listeners whose sockets are passed to a worker, in that order, which is the config's.
+    pub(super) fn passed(&self) -> impl Iterator<Item = (Entry<'_>, Source)> {
+        self.config.listeners().in_order().filter_map(|entry| {
+            let shared = self.shared.get(entry.name()).map(|id| Source::Shared(*id));
+            let of_seat = || self.seat_listeners().find(|(_, listen)| listen.name == entry.name());
+            Some((entry, shared.or_else(|| of_seat().map(|(group, _)| Source::Seat(group)))?))
+        })
+    }
+
     /// What tells a worker about them; its LISTEN_PID only the worker's own process can fill in.
-    pub(super) fn seat_variables(&self, generation: Generation) -> Vec<(&'static str, String)> {
-        let names: Vec<&str> = self.seat_listeners().map(|(_, listen)| listen.name.as_str()).collect();
+    pub(super) fn passed_variables(&self, generation: Generation) -> Vec<(&'static str, String)> {
+        let names: Vec<&str> = self.passed().map(|(entry, _)| entry.name()).collect();
         if names.is_empty() {
             return Vec::new();
         }
-        let numbered = self.seat_listeners().zip(FIRST_NUMBER..);
+        let place = |entry| match entry {
+            Entry::Ip(listen) => listen.address.to_string(),
+            Entry::Unix(listen) => listen.path.display().to_string(),
+        };
+        let numbered = self.passed().zip(FIRST_NUMBER..);
         let ports: Vec<String> =
-            numbered.map(|((_, listen), number)| format!("{}={number}", listen.address)).collect();
+            numbered.map(|((entry, _), number)| format!("{}={number}", place(entry))).collect();
         vec![
             (env::LISTEN_FDS, names.len().to_string()),
             (env::LISTEN_FDNAMES, names.join(":")),
@@ -67,13 +90,18 @@ impl Shell {
         })
     }
 
-    /// The sockets of a seat, under the numbers a worker finds them at.
-    pub(super) fn seat_fds(&self, launch: &Launch, seat: Seat) -> Vec<(BorrowedFd<'_>, i32)> {
-        let sockets = launch.seat_listeners().filter_map(|(group, _)| {
-            let listener = self.listeners.of_seat(group, seat)?;
-            self.listeners.handle(listener)
-        });
-        sockets.zip(FIRST_NUMBER..).collect()
+    /// The sockets passed to the worker of a seat, under the numbers it finds them at.
+    pub(super) fn passed_fds(&self, launch: &Launch, seat: Seat) -> io::Result<Vec<(BorrowedFd<'_>, i32)>> {
+        let handle = |source| match source {
+            Source::Seat(group) => self.listeners.handle(self.listeners.of_seat(group, seat)?),
+            Source::Shared(id) => self.shared.handle(id),
+        };
+        // With one missing, all behind it would be taken for their neighbours.
+        let missing = |entry: Entry<'_>| io::Error::other(format!("no socket for {}", entry.address()));
+        let sockets = launch.passed().zip(FIRST_NUMBER..);
+        sockets
+            .map(|((entry, source), number)| Ok((handle(source).ok_or_else(|| missing(entry))?, number)))
+            .collect()
     }
 }
 

@@ -24,6 +24,7 @@ use super::launch::Launch;
 use super::listeners::Listeners;
 use super::process::Process;
 use super::runtime::Runtime;
+use super::shared::Shared;
 use super::{Limits, LogSettings, Shell, clock};
 use crate::config::{Config, saved};
 use crate::keeper::Keeper;
@@ -139,6 +140,8 @@ state! {
     processes: BTreeMap<WorkerId, Process>,
     listeners: Listeners,
     groups: Groups,
+    #[serde(default)]
+    shared: Shared,
     taking: Vec<(WorkerId, String, ListenerId)>,
     exchanging: Vec<WorkerId>,
     receipts: VecDeque<(Option<u32>, wire::Receipt)>,
@@ -259,6 +262,7 @@ impl Shell {
             processes: &self.processes,
             listeners: &self.listeners,
             groups: &self.groups,
+            shared: &self.shared,
             taking: &taking.collect(),
             exchanging: &self.exchanges.keys().copied().collect(),
             receipts: &self.receipts,

@@ -18,9 +18,10 @@ use super::keeping::Saving;
 use super::launch::Launch;
 use super::listeners::Listeners;
 use super::runtime::Runtime;
+use super::shared::Shared;
 use super::turn::Turn;
 use super::upstream::Upstream;
-use super::{Limits, LogSettings, Shell, clock, log, reexec, reload, restore};
+use super::{Limits, LogSettings, Shell, activation, clock, log, reexec, reload, restore};
 use crate::config::{self, Config, LogFormat};
 
 /// Why there is no master: what is said, and the exit code.
@@ -71,11 +72,12 @@ fn begin(
     signals: SignalPipe,
 ) -> Result<Shell, NoStart> {
     let invalid = |errors: config::ConfigErrors| NoStart(errors.to_string(), 2);
+    let mut passed = activation::passed();
     // What a former master has left is taken over even if the file has become invalid since.
     let runtime =
         Runtime::open(config::control_socket(path).map_err(invalid)?).map_err(|error| error.to_string());
     let (signals, runtime) = match runtime {
-        Ok(runtime) => match restore::adopt(signals, runtime)? {
+        Ok(runtime) => match restore::adopt(signals, runtime, &mut passed)? {
             restore::Adoption::Done(shell) => return Ok(*shell),
             restore::Adoption::Nothing(signals, runtime) => (signals, Ok(runtime)),
         },
@@ -87,7 +89,9 @@ fn begin(
         level: level.map(|level| level.to_string()),
     };
     let level = log::start(settings.format, settings.level(&config));
-    let mut shell = prepare(&config, signals, settings, level, runtime?)?;
+    let mut shared = Shared::default();
+    shared.receive(passed);
+    let mut shell = prepare(&config, signals, settings, level, (runtime?, shared))?;
     let trigger = if shell.find_orphans()? { Trigger::Orphans } else { Trigger::Start };
     shell.runtime.own();
     if let Some(launch) = shell.prepared.back() {
@@ -102,7 +106,7 @@ fn prepare(
     signals: SignalPipe,
     log: LogSettings,
     log_level: log::Level,
-    runtime: Runtime,
+    (runtime, mut shared): (Runtime, Shared),
 ) -> Result<Shell, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let nofile = limits::raise_nofile()
@@ -121,7 +125,9 @@ fn prepare(
     );
     let engine = choice.engine;
     let mut groups = Groups::new(choice);
-    let launch = Launch::prepare(Rc::clone(config), &runtime, &mut groups).map_err(|error| text(&error))?;
+    let launch = Launch::prepare(Rc::clone(config), &runtime, &mut groups, &mut shared)
+        .map_err(|error| text(&error))?;
+    shared.warn_of_unused(&launch.shared);
     let upstream = Upstream::from_env();
     let mut inbox = VecDeque::from([Event::Supervised { every: upstream.beat() }]);
     inbox.extend(restore::needs_keeper());
@@ -140,6 +146,7 @@ fn prepare(
         processes: BTreeMap::new(),
         listeners: Listeners::default(),
         groups,
+        shared,
         views: BTreeMap::new(),
         taking: BTreeMap::new(),
         proofs: BTreeMap::new(),

@@ -162,6 +162,7 @@ impl Shell {
                 flows_begun: self.groups.flow_counters(id).map(|flows| flows.begun),
                 flows_forgotten: self.groups.flow_counters(id).map(|flows| flows.overflow),
             })
+            .chain(self.shared_status())
             .collect()
     }
 }

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
-use reuseportd_sys::diag::{self, Family, Protocol, Query, states};
-use reuseportd_sys::procfs;
-use reuseportd_wire::status::{Engine, Status, WorkerState};
+use reuseportd_sys::diag::{self, Family, Query, states};
+use reuseportd_sys::{procfs, unix};
+use reuseportd_wire::status::{Engine, Protocol, Status, WorkerState};
 
 use crate::cli::Master;
 use crate::{client, config};
@@ -18,12 +19,14 @@ const DUMP_ATTEMPTS: usize = 5;
 #[derive(Debug, Default)]
 pub(super) struct Facts {
     pub(super) listeners: Vec<Listener>,
+    /// Those with a path.
+    pub(super) unix: Vec<UnixListener>,
     /// What the master says; none when there is none to be asked.
     pub(super) running: Option<Running>,
     /// Why there is none.
     pub(super) no_master: Option<String>,
-    /// Listening sockets of the listeners' ports, each group in `listen()` order.
-    pub(super) sockets: Vec<diag::Socket>,
+    /// Listening sockets of the listeners' ports, and UDP sockets that are not connected, each group in its order.
+    pub(super) sockets: Vec<(Protocol, diag::Socket)>,
     /// Processes by the inode of the socket they hold.
     pub(super) owners: BTreeMap<u64, Vec<Owner>>,
     /// Processes whose descriptors this user may not see.
@@ -34,8 +37,20 @@ pub(super) struct Facts {
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) name: String,
+    pub(super) protocol: Protocol,
     pub(super) address: SocketAddr,
     pub(super) engine: Option<Engine>,
+}
+
+/// A configured path.
+#[derive(Debug)]
+pub(super) struct UnixListener {
+    pub(super) name: String,
+    pub(super) path: PathBuf,
+    /// Inodes of the sockets that listen and were bound with it.
+    pub(super) listening: Vec<u64>,
+    /// Connections that nobody has accepted yet.
+    pub(super) waiting: usize,
 }
 
 /// A master and its workers.
@@ -82,11 +97,23 @@ pub(super) fn gather(master: &Master) -> Result<Facts, (u8, String)> {
         }
     };
     let no_list = |error: io::Error| (1, format!("the kernel's list of sockets (sock_diag): {error}"));
-    let mut ports: Vec<u16> = facts.listeners.iter().map(|listener| listener.address.port()).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    for port in ports {
-        facts.sockets.extend(listening(port).map_err(no_list)?);
+    let mut ports: Vec<(Protocol, u16)> = Vec::new();
+    for listener in &facts.listeners {
+        let place = (listener.protocol, listener.address.port());
+        if !ports.contains(&place) {
+            ports.push(place);
+        }
+    }
+    for (protocol, port) in ports {
+        let found = bound(protocol, port).map_err(no_list)?;
+        facts.sockets.extend(found.into_iter().map(|socket| (protocol, socket)));
+    }
+    let unix_sockets = if facts.unix.is_empty() { Vec::new() } else { unix::sockets().map_err(no_list)? };
+    for one in &mut facts.unix {
+        let here = || unix_sockets.iter().filter(|socket| socket.path == one.path);
+        let waiting = here().filter(|socket| socket.inode == 0).count();
+        one.listening = here().filter(|socket| socket.listens).map(|socket| socket.inode).collect();
+        one.waiting = waiting;
     }
     let no_processes = |error| (1, format!("the list of processes (/proc): {error}"));
     find_owners(&mut facts).map_err(no_processes)?;
@@ -95,14 +122,28 @@ pub(super) fn gather(master: &Master) -> Result<Facts, (u8, String)> {
 
 fn of_config(path: &std::path::Path) -> Result<Facts, (u8, String)> {
     let config = config::load(path).map_err(|errors| (2, errors.to_string()))?;
-    let listener = |one: config::Listen| Listener { name: one.name, address: one.address, engine: None };
-    Ok(Facts { listeners: config.listen.into_iter().map(listener).collect(), ..Facts::default() })
+    let listener = |one: config::Listen| {
+        let config::Listen { name, protocol, address, .. } = one;
+        Listener { name, protocol, address, engine: None }
+    };
+    let unix = config.unix.into_iter().map(|one| at_path(&one.name, one.path));
+    let unix = unix.collect();
+    Ok(Facts { listeners: config.listen.into_iter().map(listener).collect(), unix, ..Facts::default() })
+}
+
+fn at_path(name: &str, path: PathBuf) -> UnixListener {
+    UnixListener { name: name.to_owned(), path, listening: Vec::new(), waiting: 0 }
 }
 
 fn of_status(status: &Status) -> Facts {
+    let unix = status
+        .listeners
+        .iter()
+        .filter_map(|one| Some(at_path(&one.name, PathBuf::from(one.address.strip_prefix("unix:")?))));
     let listeners = status.listeners.iter().filter_map(|one| {
         Some(Listener {
             name: one.name.clone(),
+            protocol: one.protocol,
             address: one.address.parse().ok()?,
             engine: Some(one.engine),
         })
@@ -121,6 +162,7 @@ fn of_status(status: &Status) -> Facts {
     });
     Facts {
         listeners: listeners.collect(),
+        unix: unix.collect(),
         running: Some(Running {
             app: status.app.clone(),
             master: status.master.pid.cast_signed(),
@@ -131,9 +173,13 @@ fn of_status(status: &Status) -> Facts {
     }
 }
 
-fn listening(port: u16) -> io::Result<Vec<diag::Socket>> {
-    let query =
-        Query { protocol: Protocol::Tcp, family: Family::Both, port: Some(port), states: states::LISTEN };
+/// What waits for connections, or for datagrams from anybody.
+fn bound(protocol: Protocol, port: u16) -> io::Result<Vec<diag::Socket>> {
+    let (protocol, states) = match protocol {
+        Protocol::Tcp => (diag::Protocol::Tcp, states::LISTEN),
+        Protocol::Udp => (diag::Protocol::Udp, states::CLOSE),
+    };
+    let query = Query { protocol, family: Family::Both, port: Some(port), states };
     let mut attempts = DUMP_ATTEMPTS;
     loop {
         attempts -= 1;
@@ -145,7 +191,9 @@ fn listening(port: u16) -> io::Result<Vec<diag::Socket>> {
 }
 
 fn find_owners(facts: &mut Facts) -> io::Result<()> {
-    let wanted: Vec<u64> = facts.sockets.iter().map(|socket| u64::from(socket.inode)).collect();
+    let unix = facts.unix.iter().flat_map(|one| &one.listening).copied();
+    let wanted: Vec<u64> =
+        facts.sockets.iter().map(|(_, socket)| u64::from(socket.inode)).chain(unix).collect();
     for process in procfs::processes()?.iter().filter(|process| !process.is_zombie) {
         let held = match procfs::socket_inodes(process.pid) {
             Ok(held) => held,

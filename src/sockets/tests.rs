@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use reuseportd_sys::diag;
-use reuseportd_wire::status::Engine;
+use reuseportd_wire::status::{Engine, Protocol};
 
-use super::facts::{Facts, Listener, Owner, Running, Worker};
+use super::facts::{Facts, Listener, Owner, Running, UnixListener, Worker};
 use super::picture::{Port, Relation, of};
 
 fn socket(local: &str, inode: u32) -> diag::Socket {
@@ -46,12 +46,17 @@ fn facts(listen: &str, engine: Engine, sockets: &[(&str, i32)]) -> Facts {
     Facts {
         listeners: vec![Listener {
             name: "http".into(),
+            protocol: Protocol::Tcp,
             address: listen.parse().unwrap(),
             engine: Some(engine),
         }],
         running: Some(running),
+        unix: Vec::new(),
         no_master: None,
-        sockets: (1..).zip(sockets).map(|(inode, (local, _))| socket(local, inode)).collect(),
+        sockets: (1..)
+            .zip(sockets)
+            .map(|(inode, (local, _))| (Protocol::Tcp, socket(local, inode)))
+            .collect(),
         owners,
         unreadable: 0,
     }
@@ -72,7 +77,7 @@ fn each_socket_has_its_worker_children_included() {
     let worker = |generation, seat, steered| (Relation::Worker, Some(generation), Some(seat), Some(steered));
     assert_eq!(seen, [worker(1, 0, false), worker(2, 5, true), (Relation::Master, None, None, None)]);
     assert_eq!((port.strangers, port.warnings.len()), (Some(0), 0));
-    assert_eq!((port.sockets[0].accept_queue, port.sockets[0].backlog), (3, 128));
+    assert_eq!((port.sockets[0].accept_queue, port.sockets[0].backlog), (Some(3), Some(128)));
 }
 
 #[test]
@@ -109,7 +114,7 @@ fn a_more_specific_address_takes_traffic_and_a_less_specific_does_not() {
 fn from_a_listener_that_leaves_ipv4_alone_none_is_taken() {
     let mut only_v6 =
         facts("[::]:80", Engine::Ebpf, &[("[::]:80", 10), ("0.0.0.0:80", 99), ("[::1]:80", 99)]);
-    only_v6.sockets[0].v6only = Some(true);
+    only_v6.sockets[0].1.v6only = Some(true);
     let takes: Vec<bool> =
         only_port(&only_v6).sockets.iter().map(|socket| !socket.takes_from.is_empty()).collect();
     assert_eq!(takes, [false, false, true]);
@@ -134,4 +139,31 @@ fn what_cannot_be_seen_is_unknown_and_not_a_stranger() {
     assert!(port.sockets[1].owners.is_none() && port.sockets[0].owners.is_some());
     hidden.running = None;
     assert_eq!(only_port(&hidden).sockets[0].relation, Relation::Unknown, "no master to ask");
+}
+
+#[test]
+fn udp_has_a_port_of_its_own_and_a_queue_in_bytes() {
+    let mut both = facts("0.0.0.0:80", Engine::Ebpf, &[("0.0.0.0:80", 10), ("0.0.0.0:80", 20)]);
+    both.sockets[1].0 = Protocol::Udp;
+    let udp = Listener { name: "dns".into(), protocol: Protocol::Udp, ..both.listeners.pop().unwrap() };
+    both.listeners.push(udp);
+    let port = only_port(&both);
+    assert_eq!((port.protocol, port.sockets.len(), port.warnings.len()), (Protocol::Udp, 1, 0));
+    let socket = &port.sockets[0];
+    assert_eq!((socket.accept_queue, socket.backlog, socket.receive_queue), (None, None, Some(3)));
+    assert_eq!((socket.generation, socket.seat), (Some(1), Some(0)));
+}
+
+#[test]
+fn a_shared_socket_is_nobodys_in_particular() {
+    let mut shared = facts("0.0.0.0:80", Engine::None, &[("0.0.0.0:80", 10)]);
+    let also = Owner { pid: 20, command: "program 20".into() };
+    shared.owners.get_mut(&1).unwrap().push(also);
+    let socket = &only_port(&shared).sockets[0];
+    assert_eq!((socket.relation, socket.workers, socket.generation), (Relation::Worker, 2, None));
+    let path = |listening| UnixListener { name: "web".into(), path: "/x".into(), listening, waiting: 4 };
+    shared.unix = vec![path(vec![1]), path(Vec::new())];
+    let unix = of(&shared).unix;
+    assert_eq!((unix[0].sockets[0].workers, unix[0].accept_queue, unix[0].warnings.len()), (2, 4, 0));
+    assert!(unix[1].warnings[0].contains("nobody listens"), "{:?}", unix[1].warnings);
 }

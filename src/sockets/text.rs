@@ -1,6 +1,9 @@
 //! The picture for people.
 
-use super::picture::{Picture, Port, Relation, Seen};
+use reuseportd_wire::status::Protocol;
+
+use super::facts::Owner;
+use super::picture::{Path, Picture, Port, Relation, Seen};
 use crate::client::text::{Cell, Paint, Table, Tone, escape, wrap};
 
 /// A table for each port, warnings below it.
@@ -10,9 +13,12 @@ pub(super) fn render(picture: &Picture, paint: Paint) -> String {
         text += &wrap(&format!("no master to ask, so nobody's worker is known: {why}"), 0);
         text.push('\n');
     }
-    let ports: Vec<String> = picture.ports.iter().map(|port| render_port(port, paint)).collect();
-    text += &ports.join("\n");
-    if picture.ports.iter().flat_map(|port| &port.sockets).any(|socket| socket.owners.is_none()) {
+    let ports = picture.ports.iter().map(|port| render_port(port, paint));
+    let places: Vec<String> = ports.chain(picture.unix.iter().map(|path| render_path(path, paint))).collect();
+    text += &places.join("\n");
+    let of_ports = picture.ports.iter().flat_map(|port| &port.sockets).map(|socket| &socket.owners);
+    let of_paths = picture.unix.iter().flat_map(|path| &path.sockets).map(|socket| &socket.owners);
+    if of_ports.chain(of_paths).any(Option::is_none) {
         let hidden = picture.unreadable_processes;
         text.push('\n');
         text += &wrap(
@@ -30,7 +36,8 @@ fn render_port(port: &Port, paint: Paint) -> String {
         let engine = listener.engine.map(|engine| format!(", {engine}")).unwrap_or_default();
         format!("{} {}{engine}", listener.name, listener.address)
     });
-    let heading = format!("port {}: {}", port.port, names.collect::<Vec<_>>().join("; "));
+    let of_udp = if port.protocol == Protocol::Udp { "udp " } else { "" };
+    let heading = format!("{of_udp}port {}: {}", port.port, names.collect::<Vec<_>>().join("; "));
     let mut text = paint.tone(Tone::Heading, &escape(&heading)) + "\n";
     if !port.sockets.is_empty() {
         let columns = ["ADDRESS", "WHOSE", "NEW", "QUEUE", "DROPS", "UID", "INODE", "OWNER"];
@@ -44,38 +51,68 @@ fn render_port(port: &Port, paint: Paint) -> String {
     text
 }
 
-fn row(socket: &Seen) -> Vec<Cell> {
-    let (whose, tone) = match (socket.relation, socket.generation, socket.seat) {
-        (Relation::Worker, Some(generation), Some(seat)) => {
+fn render_path(path: &Path, paint: Paint) -> String {
+    let heading = format!("unix:{}: {}, {} waiting", path.path.display(), path.name, path.accept_queue);
+    let mut text = paint.tone(Tone::Heading, &escape(&heading)) + "\n";
+    if !path.sockets.is_empty() {
+        let mut table = Table::new(["WHOSE", "INODE", "OWNER"].map(str::to_owned));
+        for socket in &path.sockets {
+            let (whose, tone) = whose(socket.relation, None, socket.workers);
+            let owners = owners(socket.owners.as_deref());
+            table.row(vec![
+                Cell::text(&whose).tone(tone),
+                Cell::number(Some(socket.inode)),
+                Cell::text(&owners),
+            ]);
+        }
+        text += &table.render(2, paint);
+    }
+    for warning in &path.warnings {
+        text += &wrap(&format!("warning: {warning}"), 2);
+    }
+    text
+}
+
+fn whose(relation: Relation, place: Option<(u32, u32)>, workers: usize) -> (String, Tone) {
+    match (relation, place) {
+        (Relation::Worker, Some((generation, seat))) => {
             (format!("generation {generation} seat {seat}"), Tone::Good)
         }
-        (Relation::Worker, ..) => ("worker".to_owned(), Tone::Good),
-        (Relation::Master, ..) => ("master".to_owned(), Tone::Notable),
-        (Relation::Stranger, ..) => ("STRANGER".to_owned(), Tone::Bad),
-        (Relation::Unknown, ..) => ("?".to_owned(), Tone::Notable),
-    };
+        (Relation::Worker, None) if workers == 1 => ("worker".to_owned(), Tone::Good),
+        (Relation::Worker, None) => (format!("{workers} workers"), Tone::Good),
+        (Relation::Master, _) => ("master".to_owned(), Tone::Notable),
+        (Relation::Stranger, _) => ("STRANGER".to_owned(), Tone::Bad),
+        (Relation::Unknown, _) => ("?".to_owned(), Tone::Notable),
+    }
+}
+
+fn owners(owners: Option<&[Owner]>) -> String {
+    let Some(owners) = owners else { return "?".to_owned() };
+    let each = owners.iter().map(|owner| format!("{} {}", owner.pid, short(&owner.command)));
+    each.collect::<Vec<_>>().join(", ")
+}
+
+fn row(socket: &Seen) -> Vec<Cell> {
+    let place = socket.generation.zip(socket.seat);
+    let (whose, tone) = whose(socket.relation, place, socket.workers);
     let new = match socket.steered {
         Some(true) => Cell::text("yes"),
         Some(false) => Cell::text("no"),
         None if !socket.takes_from.is_empty() => Cell::text("takes").tone(Tone::Bad),
         None => Cell::text("?"),
     };
-    let owners = socket.owners.as_ref().map_or_else(
-        || "?".to_owned(),
-        |owners| {
-            let each = owners.iter().map(|owner| format!("{} {}", owner.pid, short(&owner.command)));
-            each.collect::<Vec<_>>().join(", ")
-        },
-    );
+    let accept_queue =
+        socket.accept_queue.zip(socket.backlog).map(|(queued, backlog)| format!("{queued}/{backlog}"));
+    let queue = accept_queue.or(socket.receive_queue.map(|bytes| format!("{bytes} B")));
     vec![
         Cell::text(&socket.address.to_string()),
         Cell::text(&whose).tone(tone),
         new,
-        Cell::number(Some(format!("{}/{}", socket.accept_queue, socket.backlog))),
+        Cell::number(queue),
         Cell::number(socket.drops),
         Cell::number(Some(socket.uid)),
         Cell::number(Some(socket.inode)),
-        Cell::text(&owners),
+        Cell::text(&owners(socket.owners.as_deref())),
     ]
 }
 

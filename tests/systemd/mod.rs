@@ -1,5 +1,6 @@
 //! The shipped unit, run by the systemd of Debian 12 and by that of Debian 13.
 
+mod activation;
 mod crash;
 mod hardening;
 mod reload;

@@ -90,37 +90,89 @@ impl fmt::Display for Listen {
     }
 }
 
+/// One unix socket of `REUSEPORTD_LISTEN`: there is nothing to bind, it is among the passed ones ([`LISTEN_FDS`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnixListen {
+    /// The listener's name, as [`is_name`] allows.
+    pub name: String,
+    /// Absolute path of the socket's file.
+    pub path: String,
+}
+
+impl fmt::Display for UnixListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}=unix:{}", self.name, self.path)
+    }
+}
+
 /// A part of `REUSEPORTD_LISTEN` that is not understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{LISTEN} has the part '{part}': each part must read NAME=tcp:ADDRESS:PORT or NAME=udp:ADDRESS:PORT")]
+#[error(
+    "{LISTEN} has the part '{part}': each part must read NAME=tcp:ADDRESS:PORT, NAME=udp:ADDRESS:PORT or \
+     NAME=unix:PATH"
+)]
 pub struct ListenError {
     /// The part, as found.
     pub part: String,
 }
 
-/// The value of `REUSEPORTD_LISTEN`: `http=tcp:0.0.0.0:8080;admin=tcp:[::]:9000`.
+/// The value of `REUSEPORTD_LISTEN`: `http=tcp:0.0.0.0:8080;admin=tcp:[::]:9000`. Parts are [`Listen`]s,
+/// [`UnixListen`]s, or their text, where there are both.
 #[must_use]
-pub fn format_listen(listeners: &[Listen]) -> String {
+pub fn format_listen<T: fmt::Display>(listeners: &[T]) -> String {
     listeners.iter().map(alloc::string::ToString::to_string).collect::<Vec<_>>().join(";")
 }
 
-/// The listeners in a value of `REUSEPORTD_LISTEN`; the empty value has none.
+/// What can be bound of the listeners in a value of `REUSEPORTD_LISTEN`; the empty value has none. Unix sockets are
+/// passed over: [`parse_unix_listen`] reads those.
 ///
 /// # Errors
-/// The first part that is not `NAME=PROTOCOL:ADDRESS:PORT`.
+/// The first part that is none of the forms there are.
 pub fn parse_listen(value: &str) -> Result<Vec<Listen>, ListenError> {
+    Ok(parse(value)?.into_iter().filter_map(Part::inet).collect())
+}
+
+/// The unix sockets in a value of `REUSEPORTD_LISTEN`.
+///
+/// # Errors
+/// The first part that is none of the forms there are.
+pub fn parse_unix_listen(value: &str) -> Result<Vec<UnixListen>, ListenError> {
+    Ok(parse(value)?.into_iter().filter_map(Part::unix).collect())
+}
+
+enum Part {
+    Inet(Listen),
+    Unix(UnixListen),
+}
+
+impl Part {
+    fn inet(self) -> Option<Listen> {
+        if let Part::Inet(listen) = self { Some(listen) } else { None }
+    }
+
+    fn unix(self) -> Option<UnixListen> {
+        if let Part::Unix(listen) = self { Some(listen) } else { None }
+    }
+}
+
+fn parse(value: &str) -> Result<Vec<Part>, ListenError> {
     let parts = value.split(';').filter(|part| !part.is_empty());
     parts.map(|part| parse_part(part).ok_or_else(|| ListenError { part: part.to_owned() })).collect()
 }
 
-fn parse_part(part: &str) -> Option<Listen> {
+fn parse_part(part: &str) -> Option<Part> {
     let (name, rest) = part.split_once('=')?;
     let (protocol, address) = rest.split_once(':')?;
+    is_name(name).then_some(())?;
+    let name = name.to_owned();
     let protocol = match protocol {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
+        "unix" => {
+            address.starts_with('/').then_some(())?;
+            return Some(Part::Unix(UnixListen { name, path: address.to_owned() }));
+        }
         _ => return None,
     };
-    is_name(name).then_some(())?;
-    Some(Listen { name: name.to_owned(), protocol, address: address.parse().ok()? })
+    Some(Part::Inet(Listen { name, protocol, address: address.parse().ok()? }))
 }

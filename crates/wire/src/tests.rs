@@ -8,7 +8,7 @@ use crate::channel::{ChannelError, DATAGRAM_BYTES_MAX, FromWorker, LISTENERS_MAX
 use crate::control::{
     ControlError, REQUEST_BYTES_MAX, Reply, Request, Wait, decode_reply, decode_request, encode,
 };
-use crate::env::{format_listen, parse_listen};
+use crate::env::{UnixListen, format_listen, parse_listen, parse_unix_listen};
 use crate::status::{MasterState, Phase, Status};
 
 /// splitmix64: a seed means the same for ever.
@@ -237,9 +237,21 @@ fn listen_variable_reads_as_documented() {
     assert_eq!(listeners.iter().map(|l| l.address.port()).collect::<Vec<_>>(), [8080, 9000, 53]);
     assert_eq!(format_listen(&listeners), value);
     assert_eq!(parse_listen("").unwrap(), []);
-    for part in
-        ["http", "http=0.0.0.0:80", "http=tcp:80", "=tcp:1.2.3.4:5", "a b=tcp:1.2.3.4:5", "x=sctp:1.2.3.4:5"]
-    {
+    // What is passed and not bound is passed over.
+    let both = format!("{value};web=unix:/run/web.sock");
+    assert_eq!(parse_listen(&both).unwrap(), listeners);
+    let web = UnixListen { name: "web".into(), path: "/run/web.sock".into() };
+    assert_eq!(web.to_string(), "web=unix:/run/web.sock");
+    assert_eq!(parse_unix_listen(&both).unwrap(), [web]);
+    for part in [
+        "http",
+        "http=0.0.0.0:80",
+        "http=tcp:80",
+        "=tcp:1.2.3.4:5",
+        "a b=tcp:1.2.3.4:5",
+        "x=sctp:1.2.3.4:5",
+        "x=unix:y",
+    ] {
         let error = parse_listen(&format!("ok=tcp:1.2.3.4:5;{part}")).unwrap_err();
         assert_eq!(error.part, part);
         assert!(error.to_string().contains(part));
