@@ -8,6 +8,7 @@
 //! | [`bpf`] | the `ebpf` engine: maps, the `sk_reuseport` program, steering |
 //! | [`cbpf`] | the `cbpf` engine: classic programs that name a slot |
 //! | [`diag`] | the kernel's list of sockets (sock_diag) |
+//! | [`late`] | SO_REUSEPORT for a socket that listens without it |
 //! | [`socket`] | facts about one socket, descriptors and credentials over unix sockets |
 //! | [`child`], [`executable`], [`pidfd`] | starting a worker, pinning its binary, watching its end |
 //! | [`pipe`] | the pipe it logs into |
@@ -34,6 +35,7 @@ pub mod diag;
 pub mod executable;
 pub mod identity;
 pub mod image;
+pub mod late;
 pub mod limits;
 pub mod memfd;
 pub mod namespace;

@@ -152,6 +152,14 @@ impl EbpfGroup {
         socket::set_option(listener, libc::SO_ATTACH_REUSEPORT_EBPF, program).map_err(BpfError::Attach)
     }
 
+    /// Takes the program, whichever it is, from the reuseport group the listener belongs to: the kernel chooses by hash.
+    ///
+    /// # Errors
+    /// ENOENT when there is none.
+    pub fn detach(listener: BorrowedFd<'_>) -> Result<(), BpfError> {
+        socket::set_option(listener, libc::SO_DETACH_REUSEPORT_BPF, 0).map_err(BpfError::Attach)
+    }
+
     /// Makes a listener choosable under `key`, in place of whatever was there. The listener must already
     /// listen, and can be in one array only. One that is in this array already is fine: from another key it is moved,
     /// and for a moment no key has it.

@@ -11,6 +11,7 @@ mod datagrams;
 mod flows;
 mod handover;
 mod image;
+mod late;
 mod overlap;
 mod process;
 mod processors;
