@@ -52,6 +52,15 @@ serves. Refused while an upgrade runs.
 
 Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no master reachable; 4 --timeout passed (it goes on).";
 
+const TAKEOVER_HELP: &str = "\
+The server serves on until the first generation is ready, and through its canary and bake. Then it gets no new
+connections, finishes those it has, and is told to stop. If the first generation fails, or this program is stopped
+before, the server serves on as if nothing had happened, and the exit code is 1. Needs the ebpf engine, and a [[listen]]
+for each address the server listens on.
+
+Example:
+  reuseportd takeover --config app.toml --pid \"$(cat /run/nginx.pid)\"";
+
 const REEXEC_HELP: &str = "\
 After an update of reuseportd itself; the signal USR2 does the same. The new program first shows, as a child, that it
 can read the state of the running one: if it can't, nothing happens. Whatever is under way goes on.
@@ -77,10 +86,10 @@ struct Cli {
     #[arg(long, global = true, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// How the master writes its log, whatever the config says
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
     log_format: Option<LogFormat>,
     /// How much the master logs, whatever the config says
-    #[arg(long, value_name = "LEVEL", value_parser = levels())]
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = levels())]
     log_level: Option<Level>,
     #[command(subcommand)]
     command: Option<Command>,
@@ -142,6 +151,13 @@ enum Command {
         /// Stop waiting after this time, for example 90s or 5m
         #[arg(long, value_name = "DURATION", requires = "wait", value_parser = config::parse_duration)]
         timeout: Option<Duration>,
+    },
+    /// Run the service in the foreground, and take over from a server that runs without this program
+    #[command(after_help = TAKEOVER_HELP)]
+    Takeover {
+        /// The server's first process: of several the parent of the others
+        #[arg(long, value_name = "PID", value_parser = value_parser!(i32).range(1..))]
+        pid: i32,
     },
     /// Show every listening socket on the configured ports: whose it is, its queue, strangers, overlapping addresses
     Sockets {
@@ -208,6 +224,7 @@ pub(crate) enum WaitFor {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Run { config: PathBuf, log_format: Option<LogFormat>, log_level: Option<Level> },
+    TakeOver { config: PathBuf, pid: i32, log_format: Option<LogFormat>, log_level: Option<Level> },
     Check { config: PathBuf },
     Status { master: Master, json: bool },
     Receipts { master: Master, json: bool },
@@ -264,6 +281,17 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
             }
         };
     };
+    if let Command::Takeover { pid } = command {
+        return match (cli.config, cli.log_format, cli.log_level) {
+            (Some(config), log_format, log_level) => {
+                Ok(Action::TakeOver { config, pid, log_format, log_level })
+            }
+            (None, ..) => wrong(
+                ErrorKind::MissingRequiredArgument,
+                "say what takes over: reuseportd takeover --config FILE --pid PID",
+            ),
+        };
+    }
     if cli.log_format.is_some() || cli.log_level.is_some() {
         let text = "--log-format and --log-level are for running the master, not for subcommands";
         return wrong(ErrorKind::ArgumentConflict, text);
@@ -299,6 +327,7 @@ fn interpret(cli: Cli) -> Result<Action, clap::Error> {
         Command::Doctor { json } => Action::Doctor { config, json },
         Command::Stop { left_behind: true, .. } => Action::StopLeftBehind { master: master(config)? },
         Command::Stop { wait, left_behind: false } => Action::Stop { master: master(config)?, wait },
+        Command::Takeover { .. } => return Err(missing("say what takes over: --config FILE")),
         Command::Reexec => Action::Reexec { master: master(config)? },
         Command::Preflight => Action::Preflight,
         Command::Keeper { app: _app } => Action::Keeper,

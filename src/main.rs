@@ -19,6 +19,9 @@ use cli::Action;
 fn main() -> ExitCode {
     match cli::parse() {
         Action::Run { config, log_format, log_level } => master::run(&config, log_format, log_level),
+        Action::TakeOver { config, pid, log_format, log_level } => {
+            master::take_over(&config, pid, log_format, log_level)
+        }
         Action::Check { config } => check::run(&config),
         Action::Status { master, json } => client::status(&master, json),
         Action::Receipts { master, json } => client::receipts(&master, json),

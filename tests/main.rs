@@ -44,6 +44,7 @@ mod stranger;
 mod strays;
 mod support;
 mod systemd;
+mod takeover;
 mod tidy;
 mod udp;
 mod udp_workers;

@@ -102,7 +102,13 @@ pub(super) fn failure(receipt: &Receipt) -> String {
 }
 
 fn noun(receipt: &Receipt) -> &'static str {
-    if receipt.trigger == Trigger::Rollback { "rollback" } else { "upgrade" }
+    match receipt.trigger {
+        Trigger::Rollback => "rollback",
+        Trigger::Takeover => "takeover",
+        Trigger::Signal | Trigger::Command | Trigger::Systemd | Trigger::Start | Trigger::Orphans => {
+            "upgrade"
+        }
+    }
 }
 
 /// How, in words.

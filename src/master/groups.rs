@@ -326,6 +326,22 @@ impl Groups {
         }
     }
 
+    /// `ebpf`: a foreign listener is in a group and gets the program. As long as `alone` is true it is the only one chosen,
+    /// and else all of its group are.
+    pub(super) fn enlist(&self, id: GroupId, listener: BorrowedFd<'_>, alone: bool) -> Result<(), BpfError> {
+        let missing = || BpfError::Invalid("the engine in force has no programs".to_owned());
+        let ebpf = self.by_id.get(&id).and_then(|group| group.ebpf.as_deref()).ok_or_else(missing)?;
+        // In that order: another program's listener is refused before that program is replaced.
+        let key = if alone { EMPTY_KEY } else { PROOF_KEY };
+        ebpf.admit(key, listener).and_then(|()| ebpf.attach(listener))?;
+        if alone { Ok(()) } else { ebpf.remove(key) }
+    }
+
+    /// `ebpf`: all of its group are chosen again.
+    pub(super) fn end_alone(&self, id: GroupId) {
+        self.evict(id, EMPTY_KEY);
+    }
+
     /// `ebpf`: while `connect` runs, what comes from `source` is given to this listener, past all others.
     pub(super) fn past_all<T>(
         &self,

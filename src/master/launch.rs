@@ -467,6 +467,7 @@ fn process(
         start_time: procfs::start_time(spawned.pid).unwrap_or(0),
         pidfd: Carried::new(Pidfd::from(spawned.pidfd)),
         is_child: true,
+        shares_group: false,
         is_ended: false,
         started: clock::now(),
         channel: Some(Carried::new(channel)),

@@ -27,6 +27,9 @@ pub(super) struct Listener {
     pub(super) handle: Option<Carried<OwnedFd>>,
     /// `ebpf`: the key it was last put under.
     pub(super) key: Option<u32>,
+    /// It listened without SO_REUSEPORT, which a master has set.
+    #[serde(default)]
+    pub(super) is_late: bool,
 }
 
 /// All listeners the core knows, or will be told of.
@@ -81,6 +84,7 @@ impl Listeners {
                 owner,
                 handle: Some(Carried::new(handle)),
                 key: None,
+                is_late: false,
             },
         );
         Ok(id)
@@ -94,6 +98,13 @@ impl Listeners {
 
     pub(super) fn of(&self, id: ListenerId) -> Option<&Listener> {
         self.by_id.get(&id)
+    }
+
+    /// SO_REUSEPORT was set while it listened.
+    pub(super) fn note_late(&mut self, id: ListenerId) {
+        if let Some(listener) = self.by_id.get_mut(&id) {
+            listener.is_late = true;
+        }
     }
 
     /// Every listener of a worker.

@@ -8,6 +8,7 @@ mod checks;
 mod clock;
 mod control;
 mod exchange;
+mod foreign;
 mod groups;
 mod journal;
 mod keeping;
@@ -35,6 +36,7 @@ mod shared;
 mod snapshot;
 mod start;
 mod status;
+mod takeover;
 mod turn;
 mod upstream;
 mod words;
@@ -67,7 +69,7 @@ use crate::keeper::Keeper;
 pub(crate) use self::groups::choose;
 pub(crate) use self::left_behind::end as end_left_behind;
 pub(crate) use self::reexec::preflight;
-pub(crate) use self::start::run;
+pub(crate) use self::start::{run, take_over};
 
 /// Limits of open files: soft and hard; `None` is unlimited.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]

@@ -36,6 +36,11 @@ impl Shell {
         Ok(is_any)
     }
 
+    /// Whether there are any.
+    pub(super) fn has_orphans(&self) -> Result<bool, NoStart> {
+        Ok(!self.journalled_and_alive()?.0.is_empty() || !self.ours_besides(&BTreeSet::new()).is_empty())
+    }
+
     /// Those that the journal names.
     fn journalled_and_alive(&self) -> Result<(Vec<Entry>, Vec<Slots>), NoStart> {
         let journal = match journal::read(&self.runtime.journal_path()) {
@@ -205,6 +210,7 @@ fn orphan(entry: &Entry, generation: Generation, seat: Seat, output: OutputMode)
         start_time: entry.start_time,
         pidfd: Carried::new(Pidfd::from(process)),
         is_child: false,
+        shares_group: false,
         is_ended: false,
         started: clock::now(),
         channel: None,

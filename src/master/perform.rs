@@ -14,6 +14,7 @@ use reuseportd_wire::status::Protocol;
 use super::Shell;
 use super::groups::errno;
 use super::launch::Launch;
+use super::takeover::signal_family;
 
 /// Receipts kept for clients that ask later.
 const RECEIPTS_MAX: usize = 50;
@@ -69,6 +70,7 @@ impl Shell {
             Command::Discard { listener, group, generation } => {
                 return Some(Event::Discarded { group, generation, count: self.discard(listener) });
             }
+            Command::LetGo { listeners } => self.let_go(&listeners),
             Command::Evict { group, key } => self.evict(group, key),
             Command::KeepKeys { group, kept } => self.groups.keep_keys(group, &kept.into_iter().collect()),
             Command::Signal { worker, signal } => self.signal(worker, signal),
@@ -135,6 +137,9 @@ impl Shell {
         let Some(process) = self.processes.get(&worker) else { return };
         let stop = self.launches.get(&process.generation).map(|launch| launch.config.app.stop_signal as i32);
         let sent = match signal {
+            Signal::TerminateGroup | Signal::KillGroup if process.shares_group => {
+                return signal_family(process, signal);
+            }
             Signal::Stop => pidfd::send_signal(process.pidfd.as_fd(), stop.unwrap_or(nix::libc::SIGTERM)),
             Signal::TerminateGroup => pidfd::signal_group(process.pid, nix::libc::SIGTERM),
             Signal::KillGroup => pidfd::signal_group(process.pid, nix::libc::SIGKILL),
@@ -159,8 +164,8 @@ impl Shell {
     }
 
     fn has_remains(&self, worker: WorkerId) -> bool {
-        let pid = self.processes.get(&worker).map(|process| process.pid);
-        pid.is_some_and(|pid| self.has_members(pid).unwrap_or(false))
+        let process = self.processes.get(&worker).filter(|process| !process.shares_group);
+        process.is_some_and(|process| self.has_members(process.pid).unwrap_or(false))
     }
 
     /// The end of a worker's first process. What it printed last is read before the core hears of it.

@@ -28,6 +28,9 @@ pub(super) struct Process {
     pub(super) pidfd: Carried<Pidfd>,
     /// It was started by this master, in this image or an earlier one.
     pub(super) is_child: bool,
+    /// It was there before any master, in a process group that may be another's.
+    #[serde(default)]
+    pub(super) shares_group: bool,
     /// The end has been seen; the pidfd stays readable until the process is reaped.
     pub(super) is_ended: bool,
     pub(super) started: Time,

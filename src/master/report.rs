@@ -68,6 +68,8 @@ impl Shell {
 
     fn log_upgrade(&mut self, report: &Report) {
         match report {
+            // It serves since long ago, and was told of.
+            Report::Launching(Generation(0), _) => {}
             Report::Launching(Generation(generation), trigger) => {
                 let trigger = words::trigger(*trigger);
                 tracing::info!(event = "launching", generation, %trigger, "launching generation {generation}");

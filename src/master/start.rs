@@ -21,7 +21,7 @@ use super::runtime::Runtime;
 use super::shared::Shared;
 use super::turn::Turn;
 use super::upstream::Upstream;
-use super::{Limits, LogSettings, Shell, activation, clock, log, reexec, reload, restore};
+use super::{Limits, LogSettings, Shell, activation, clock, foreign, log, reexec, reload, restore};
 use crate::config::{self, Config, LogFormat};
 
 /// Why there is no master: what is said, and the exit code.
@@ -35,6 +35,25 @@ impl From<String> for NoStart {
 
 /// Runs a master in the foreground until it ends.
 pub(crate) fn run(path: &Path, format: Option<LogFormat>, level: Option<tracing::Level>) -> ExitCode {
+    serve(path, format, level, None)
+}
+
+/// The same for one whose first generation takes over from this process and its children.
+pub(crate) fn take_over(
+    path: &Path,
+    pid: i32,
+    format: Option<LogFormat>,
+    level: Option<tracing::Level>,
+) -> ExitCode {
+    serve(path, format, level, Some(pid))
+}
+
+fn serve(
+    path: &Path,
+    format: Option<LogFormat>,
+    level: Option<tracing::Level>,
+    server: Option<i32>,
+) -> ExitCode {
     // First of all: until then a signal ends the process without a word. Handlers before the mask is opened: a signal
     // that came during a re-exec waits behind it.
     let signals = match SignalPipe::new().and_then(|pipe| signals::reset_inherited().map(|()| pipe)) {
@@ -46,7 +65,7 @@ pub(crate) fn run(path: &Path, format: Option<LogFormat>, level: Option<tracing:
     };
     let shell = match std::env::var(env::RESUME) {
         Ok(number) => restore::resume(&number, signals).map_err(NoStart::from),
-        Err(_) => begin(path, format, level, signals),
+        Err(_) => begin(path, format, level, signals, server),
     };
     match shell {
         Ok(mut shell) => {
@@ -70,6 +89,7 @@ fn begin(
     format: Option<LogFormat>,
     level: Option<tracing::Level>,
     signals: SignalPipe,
+    server: Option<i32>,
 ) -> Result<Shell, NoStart> {
     let invalid = |errors: config::ConfigErrors| NoStart(errors.to_string(), 2);
     let mut passed = activation::passed();
@@ -89,10 +109,20 @@ fn begin(
         level: level.map(|level| level.to_string()),
     };
     let level = log::start(settings.format, settings.level(&config));
+    if server.is_some() {
+        foreign::check_config(&config)?;
+    }
     let mut shared = Shared::default();
     shared.receive(passed);
     let mut shell = prepare(&config, signals, settings, level, (runtime?, shared))?;
-    let trigger = if shell.find_orphans()? { Trigger::Orphans } else { Trigger::Start };
+    let trigger = match server {
+        Some(pid) => {
+            shell.take_over(pid)?;
+            Trigger::Takeover
+        }
+        None if shell.find_orphans()? => Trigger::Orphans,
+        None => Trigger::Start,
+    };
     shell.runtime.own();
     if let Some(launch) = shell.prepared.back() {
         let plan = reload::plan(launch, shell.groups.choice.engine);

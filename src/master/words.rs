@@ -234,6 +234,7 @@ pub(super) fn trigger(trigger: core::Trigger) -> wire::Trigger {
         core::Trigger::Command => wire::Trigger::Command,
         core::Trigger::Rollback => wire::Trigger::Rollback,
         core::Trigger::Orphans => wire::Trigger::Orphans,
+        core::Trigger::Takeover => wire::Trigger::Takeover,
     }
 }
 

@@ -59,6 +59,7 @@ impl Master {
         plan: Plan,
         orphans: &[(WorkerId, Vec<(GroupId, ListenerId)>)],
         slots: &[(GroupId, Vec<u64>)],
+        trigger: Trigger,
     ) {
         self.generation_last = self.generation_last.max(generation.0);
         self.open_groups(&plan);
@@ -99,9 +100,11 @@ impl Master {
             let unsure: Vec<GroupId> = self.groups.keys().filter(|group| !is_known(group)).copied().collect();
             unsure.into_iter().for_each(|group| self.report(Report::SlotsUnsure(group)));
         }
-        self.report(Report::Launching(generation, Trigger::Orphans));
-        self.report(Report::Adopted(orphans.len()));
-        self.announce();
+        self.report(Report::Launching(generation, trigger));
+        if trigger == Trigger::Orphans {
+            self.report(Report::Adopted(orphans.len()));
+            self.announce();
+        }
     }
 
     /// The sockets of each group in the order of their slots, for a next master.
@@ -112,7 +115,7 @@ impl Master {
 
     /// The service manager has started this master, and waits.
     fn announce(&mut self) {
-        if self.active.is_some() {
+        if self.active.is_some() && !self.is_taking_over() {
             self.notify(crate::command::Notice::Ready);
         }
     }

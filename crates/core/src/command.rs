@@ -38,7 +38,7 @@ pub enum Command {
         /// Which.
         signal: Signal,
     },
-    /// Collect the exit status of an ended worker and forget the process.
+    /// Collect the exit status of an ended worker, and forget the process; of one that was let go of, only that.
     Reap {
         /// Which.
         worker: WorkerId,
@@ -117,6 +117,11 @@ pub enum Command {
     CheckRemains {
         /// Whose.
         worker: WorkerId,
+    },
+    /// Leave a foreign server's listeners, whose groups nobody else is in, as they were found. A `Release` follows.
+    LetGo {
+        /// All of them, with a handle or without.
+        listeners: Vec<ListenerId>,
     },
     /// Drop the master's handle; with `shutdown`, take the socket out of its group even if others hold it.
     Release {

@@ -88,6 +88,16 @@ pub enum Event {
         slots: Vec<(GroupId, Vec<u64>)>,
     },
 
+    /// A server that no master has started: generation 0, from which an upgrade follows.
+    Foreign {
+        /// One seat.
+        plan: Plan,
+        /// The server with all its processes.
+        server: WorkerId,
+        /// Its listeners, of each of which the master has a handle.
+        listeners: Vec<(GroupId, ListenerId)>,
+    },
+
     /// The process exists.
     Spawned {
         /// Which.
@@ -263,6 +273,8 @@ pub enum Trigger {
     Rollback,
     /// Workers without a master were found.
     Orphans,
+    /// A server that no master has started is to be replaced.
+    Takeover,
 }
 
 /// Which part of an upgrade a client waits for.

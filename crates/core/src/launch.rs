@@ -198,11 +198,15 @@ impl Master {
     }
 
     /// There is no way back from here on: the old generation goes.
-    fn leave(&mut self, from: Option<Generation>, to: Generation) -> bool {
+    pub(crate) fn leave(&mut self, from: Option<Generation>, to: Generation) -> bool {
         self.end_trial();
         // Addresses that are no more were served until here, in case the upgrade failed.
         self.aim_away(Some(to));
         self.enter_step(UpgradeStep::Retiring);
+        // Until here the start could still fail.
+        if self.upgrade.as_ref().is_some_and(|upgrade| upgrade.receipt.trigger == Trigger::Takeover) {
+            self.notify(Notice::Ready);
+        }
         if let Some(from) = from {
             self.extend(from);
             self.retire(from);
@@ -253,6 +257,10 @@ impl Master {
         self.report(Report::Ended(receipt));
         for caller in done {
             self.reply(caller, serial);
+        }
+        let is_takeover = upgrade.receipt.trigger == Trigger::Takeover;
+        if is_takeover && outcome == Outcome::RolledBack && self.let_foreign_go() {
+            return false;
         }
         let is_told = upgrade.from.is_none() || upgrade.receipt.trigger == Trigger::Signal;
         self.after_upgrade(upgrade.from, outcome, is_told)

@@ -21,6 +21,7 @@ mod drained;
 mod ebpf;
 mod event;
 mod fail;
+mod foreign;
 mod generation;
 mod group;
 mod id;

@@ -1,7 +1,7 @@
 //! The master: what it remembers, and what becomes of each event.
 
 use crate::command::{Command, Notice, Report};
-use crate::event::{Event, StopMode};
+use crate::event::{Event, StopMode, Trigger};
 use crate::generation::{GenerationRecord, GenerationState, Goal, Retirement, Upgrade, UpgradeStep, Wish};
 use crate::group::{Group, Listener};
 use crate::id::{Generation, GroupId, ListenerId, RetirementId, Ticket, Time, WorkerId};
@@ -153,8 +153,9 @@ impl Master {
             Event::Supervised { every } => self.on_supervised(every),
             Event::Adopted { lost } => self.on_adopted(&lost),
             Event::Orphans { generation, plan, workers, slots } => {
-                self.on_orphans(generation, plan, &workers, &slots);
+                self.on_orphans(generation, plan, &workers, &slots, Trigger::Orphans);
             }
+            Event::Foreign { plan, server, listeners } => self.on_foreign(plan, server, listeners),
             Event::Spawned { worker } => self.on_spawned(worker),
             Event::Bound { group, worker, result } => self.on_bound(group, worker, result),
             Event::SpawnFailed { worker, errno } => self.on_spawn_failed(worker, errno),

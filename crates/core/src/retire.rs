@@ -367,6 +367,11 @@ impl Master {
 
     /// A worker that closed its listener although nobody asked serves nobody, and would for ever.
     pub(crate) fn replace_deserter(&mut self, id: WorkerId, group: GroupId) {
+        let generation = self.workers.get(&id).map(|worker| worker.generation);
+        // What it listens with is its own business until another serves.
+        if generation.is_some_and(|generation| self.is_untouchable(generation)) {
+            return;
+        }
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = WorkerState::Dying;
         let (generation, seat) = (worker.generation, worker.seat);

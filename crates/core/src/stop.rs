@@ -22,11 +22,15 @@ impl Master {
         if !is_second {
             self.notify(Notice::Stopping);
             self.drop_wishes();
+            let is_taking_over = self.is_taking_over();
             self.fail_upgrade(Reason::Stopped);
             self.timers.disarm(Timer::Breaker);
-            self.aim_away(None);
-            if let Some(active) = self.active.take() {
-                self.retire(active);
+            // A foreign server is served back, and nothing else.
+            if !is_taking_over {
+                self.aim_away(None);
+                if let Some(active) = self.active.take() {
+                    self.retire(active);
+                }
             }
         }
         if is_fast {
@@ -35,8 +39,8 @@ impl Master {
     }
 
     fn kill_all(&mut self) {
-        let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
-        for id in workers {
+        let workers = self.workers.iter().filter(|(_, worker)| !self.is_untouchable(worker.generation));
+        for id in workers.map(|(id, _)| *id).collect::<Vec<WorkerId>>() {
             if let Some(worker) = self.workers.get_mut(&id) {
                 if !matches!(worker.state, WorkerState::Remains { .. }) {
                     worker.state = WorkerState::Dying;

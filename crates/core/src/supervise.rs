@@ -15,8 +15,10 @@ const REMAINS_GRACE: Duration = Duration::from_secs(1);
 
 impl Master {
     pub(crate) fn on_exited(&mut self, id: WorkerId, how: Exit, remains: bool) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        let was = worker.state;
+        let Some(worker) = self.workers.get(&id) else { return };
+        let (was, generation) = (worker.state, worker.generation);
+        // What a foreign server leaves is not ours to end.
+        let remains = remains && !self.is_untouchable(generation);
         if let WorkerState::Remains { .. } = was {
             return self.report(Report::Bug("a worker ended twice"));
         }
@@ -29,6 +31,9 @@ impl Master {
             self.forget_worker(id);
         }
         self.vacate(id, was, how);
+        if self.is_foreign(generation) {
+            self.foreign_ended();
+        }
         if !remains {
             // Last: until then the shell knows whose end it was, and what its last words were.
             self.push(Command::Reap { worker: id });
@@ -145,7 +150,7 @@ impl Master {
     }
 
     fn refill(&mut self, generation: Generation, seat: Seat) {
-        if self.stopping.is_some() {
+        if self.stopping.is_some() || self.is_foreign(generation) {
             return;
         }
         let now = self.now;

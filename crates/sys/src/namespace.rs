@@ -35,6 +35,14 @@ pub fn is_shared_with(pid: i32) -> io::Result<bool> {
     Ok(of("net")? == network()? && of("pid")? == processes()?)
 }
 
+/// Whether a process is in this network namespace.
+///
+/// # Errors
+/// The same.
+pub fn is_network_shared_with(pid: i32) -> io::Result<bool> {
+    Ok(rustix::fs::stat(format!("/proc/{pid}/ns/net"))?.st_ino == network()?)
+}
+
 fn inode(kind: &str) -> io::Result<u64> {
     // The thread's own view: a thread may be in another namespace than its process.
     Ok(rustix::fs::stat(format!("/proc/thread-self/ns/{kind}"))?.st_ino)

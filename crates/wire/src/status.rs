@@ -145,6 +145,8 @@ words! {
         Rollback = "rollback",
         /// A master that found workers which had neither master nor keeper.
         Orphans = "orphans",
+        /// The start of a master that takes over from a server no master has started.
+        Takeover = "takeover",
     }
 }
 

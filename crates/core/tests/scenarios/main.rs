@@ -1,6 +1,7 @@
 //! One short story per sentence an operator would say.
 
 mod datagram;
+mod foreign;
 mod roll;
 mod scale;
 #[path = "../shell/mod.rs"]

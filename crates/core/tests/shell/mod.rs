@@ -169,6 +169,10 @@ impl Shell {
     pub(crate) fn pass(&mut self, time: Duration) {
         let until = self.now.after(time);
         while let Some(due) = self.master.next_deadline().filter(|due| *due <= until) {
+            // Nothing happens any more to a master that has ended.
+            if matches!(self.said.last(), Some(Command::Exit { .. })) {
+                break;
+            }
             self.now = due.max(self.now);
             self.tell(Event::Deadline);
         }

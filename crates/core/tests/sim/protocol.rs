@@ -277,6 +277,7 @@ impl Protocol {
             Command::Evict { .. }
             | Command::KeepKeys { .. }
             | Command::Discard { .. }
+            | Command::LetGo { .. }
             | Command::Anchor { .. }
             | Command::Owns { .. }
             | Command::Observe { .. }

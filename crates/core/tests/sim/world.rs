@@ -351,6 +351,7 @@ impl World {
             | Command::Admit { .. }
             | Command::Evict { .. }
             | Command::KeepKeys { .. }
+            | Command::LetGo { .. }
             | Command::Steer { .. }
             | Command::Attach { .. }
             | Command::Anchor { .. }
@@ -408,6 +409,7 @@ impl World {
                 self.oracle.steered(group, &self.kernel, &self.workers);
                 self.answer(Event::Admitted { listener, result });
             }
+            Command::LetGo { .. } => unreachable!("no foreign server here"),
             Command::KeepKeys { group, kept } => self.kernel.keep_keys(group, &kept),
             Command::Evict { group, key } => self.kernel.evict(group, key),
             Command::Steer { group, ranges } => self.put_in_force(group, Program::Ranges(ranges)),

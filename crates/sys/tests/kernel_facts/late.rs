@@ -27,7 +27,7 @@ fn ordinary(address: &str, is_reusable: bool) -> (SocketAddr, TcpListener) {
 }
 
 fn steer_to(key: u32) -> EbpfGroup {
-    let steer = EbpfGroup::new(8192).unwrap_or_else(|error| panic!("{error}"));
+    let steer = EbpfGroup::new(8192, None).unwrap_or_else(|error| panic!("{error}"));
     steer.write_plan(0, &Plan { ranges: vec![range(key, 1, 0)] }).unwrap();
     steer.select(0).unwrap();
     steer
