@@ -423,6 +423,18 @@ mod tests {
     }
 
     #[test]
+    fn a_takeover_runs_a_master() {
+        let take_over = |log_format, log_level| {
+            Ok(Action::TakeOver { config: "a.toml".into(), pid: 7, log_format, log_level })
+        };
+        assert_eq!(parse("takeover --config a.toml --pid 7"), take_over(None, None));
+        assert_eq!(
+            parse("--config a.toml takeover --log-format json --log-level warn --pid 7"),
+            take_over(Some(LogFormat::Json), Some(Level::WARN))
+        );
+    }
+
+    #[test]
     fn wrong_usage_is_told() {
         for (words, kind) in [
             ("", ErrorKind::MissingRequiredArgument),
@@ -444,6 +456,11 @@ mod tests {
             ("rollback --force --socket /s", ErrorKind::UnknownArgument),
             ("rollback --timeout 5s --socket /s", ErrorKind::MissingRequiredArgument),
             ("upgrade --receipts --socket /s", ErrorKind::UnknownArgument),
+            ("takeover --pid 7", ErrorKind::MissingRequiredArgument),
+            ("takeover --config a", ErrorKind::MissingRequiredArgument),
+            ("takeover --config a --pid 0", ErrorKind::ValueValidation),
+            ("takeover --config a --pid -7", ErrorKind::UnknownArgument),
+            ("status --log-level info --socket /s", ErrorKind::ArgumentConflict),
             ("frobnicate", ErrorKind::InvalidSubcommand),
         ] {
             assert_eq!(parse(words), Err(kind), "{words}");

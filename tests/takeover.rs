@@ -5,7 +5,7 @@ mod server;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -14,13 +14,13 @@ use reuseportd_bench::{Report, Spec};
 use reuseportd_wire::status::{GenerationState, MasterState, Outcome, Trigger};
 use rustix::process::Signal;
 
-use self::server::Server;
+use self::server::{Server, python};
 use crate::support::PATIENCE;
 use crate::support::app::{App, test_worker};
 use crate::support::gate::Gate;
 use crate::support::load::{Load, spec};
 use crate::support::master::{Master, REUSEPORTD};
-use crate::support::process::{kill, signal};
+use crate::support::process::{keepers_of, kill};
 use crate::support::world::{Need, World, world};
 
 /// Of the Python server: 1,600 connections a second.
@@ -187,12 +187,15 @@ fn a_master_that_is_stopped_before_it_serves_leaves_the_server_as_it_was() {
     world(&[Need::Bpf, Need::Python], |world| {
         let launching = app(world, "--fail never-ready").upgrade("ready_timeout = \"10m\"");
         let baking = app(world, "").upgrade("bake = \"10m\"");
-        for (app, state) in [(&launching, MasterState::Launching), (&baking, MasterState::Baking)] {
-            for signal in [Signal::TERM, Signal::QUIT] {
-                comes_to_nothing(world, app, "the master is stopping", Some(state), |master, _| {
-                    master.signal(signal);
-                });
-            }
+        // At SIGQUIT workers are killed, with what they have accepted.
+        for (app, state, signal) in [
+            (&launching, MasterState::Launching, Signal::TERM),
+            (&launching, MasterState::Launching, Signal::QUIT),
+            (&baking, MasterState::Baking, Signal::TERM),
+        ] {
+            comes_to_nothing(world, app, "the master is stopping", Some(state), |master, _| {
+                master.signal(signal);
+            });
         }
     });
 }
@@ -207,7 +210,7 @@ fn a_server_that_ends_by_itself_is_replaced_all_the_same() {
         let app = App::new(world, ["/bin/sh", "-c", &script]).readiness("listen").workers(1);
         let mut server = Server::python(world, 1, &[]);
         let mut master = takes_over(world, &app, server.pid(), MasterState::Launching);
-        server.pids().into_iter().for_each(|pid| signal(pid, Signal::STOP));
+        server.freeze();
         let clients: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(world.address).unwrap()).collect();
         kill(server.pids());
         assert!(!server.lives());
@@ -261,5 +264,42 @@ fn a_killed_master_is_followed_by_one_that_goes_on() {
             }
             fs::remove_file(world.path("answers")).unwrap();
         }
+    });
+}
+
+/// With its keeper gone as well all that serve are orphans, the server among them, and are replaced.
+#[test]
+fn when_master_and_keeper_are_killed_the_next_one_ends_the_takeover() {
+    world(&[Need::Bpf, Need::Python], |world| {
+        let server = Server::python(world, PROCESSES, &[]);
+        let load = Load::start(busy(world));
+        let bake = app(world, "--accept-delay 2").upgrade("bake = \"10m\"");
+        let mut master = takes_over(world, &bake, server.pid(), MasterState::Baking);
+        master.signal(Signal::STOP);
+        kill(keepers_of(&world.app));
+        master.kill();
+        load.answered(200);
+        app(world, "--accept-delay 2").write();
+        master.restart();
+        load.heard_from(2);
+        server.wait_end();
+        master.wait_status("steady", |status| status.generations.len() == 1);
+        load.answered_by(2);
+        load.end_lossless();
+        master.stop();
+    });
+}
+
+/// Like nginx with `listen [::]:80 ipv6only=off`.
+#[test]
+fn a_dual_stack_server_is_taken_over_from() {
+    world(&[Need::Root, Need::Bpf, Need::Python], |world| {
+        let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, world.address.port()));
+        let mut command = python(PROCESSES);
+        command.arg(address.to_string());
+        let server = Server::start(world, command);
+        let mut app = app(world, "--accept-delay 2");
+        app.listen[0].1 = address;
+        taken_over(world, &app, server, busy(world));
     });
 }

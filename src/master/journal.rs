@@ -72,6 +72,11 @@ pub(super) enum JournalError {
 }
 
 impl Entry {
+    /// No master has started it: one is, or was, to take over from it.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.generation == 0
+    }
+
     /// It is still the process that was written down.
     pub(super) fn lives(&self) -> bool {
         procfs::process(self.pid)

@@ -27,7 +27,8 @@ pub(crate) fn end(socket: &Path) -> Result<usize, String> {
         Err(error @ JournalError::Newer { .. }) => return Err(error.to_string()),
         Err(JournalError::Useless(_)) => Vec::new(),
     };
-    let mut entries: Vec<Entry> = written.into_iter().filter(Entry::lives).collect();
+    let mut entries: Vec<Entry> =
+        written.into_iter().filter(|entry| entry.lives() && !entry.is_foreign()).collect();
     let known: BTreeSet<i32> = entries.iter().map(|entry| entry.pid).collect();
     entries.extend(reporting_to(&runtime.notify_path(), &known));
     // First of all: it holds what the workers leave.

@@ -199,8 +199,9 @@ fn orphan(entry: &Entry, generation: Generation, seat: Seat, output: OutputMode)
         return Err(io::ErrorKind::NotFound.into());
     }
     let reader = match output {
-        OutputMode::Tag => output_of(&process).ok(),
-        OutputMode::Inherit => None,
+        // What a foreign server prints has its reader.
+        OutputMode::Tag if !entry.is_foreign() => output_of(&process).ok(),
+        OutputMode::Tag | OutputMode::Inherit => None,
     };
     let output = reader.map(|reader| Output::of_worker(reader, generation.0, seat.0, entry.pid));
     Ok(Process {
@@ -210,7 +211,7 @@ fn orphan(entry: &Entry, generation: Generation, seat: Seat, output: OutputMode)
         start_time: entry.start_time,
         pidfd: Carried::new(Pidfd::from(process)),
         is_child: false,
-        shares_group: false,
+        shares_group: procfs::process(entry.pid).is_ok_and(|process| process.group != process.pid),
         is_ended: false,
         started: clock::now(),
         channel: None,

@@ -322,7 +322,11 @@ impl Shell {
         let (outcome, reason) = (shown.outcome, shown.reason.clone());
         let (from, to, ms) = (shown.from, shown.to, shown.duration_ms);
         let json = serde_json::to_string(shown).unwrap_or_default();
-        let wish = if receipt.from.is_some() { "upgrade" } else { "start" };
+        let wish = match (receipt.trigger, receipt.from) {
+            (reuseportd_core::Trigger::Takeover, _) => "takeover",
+            (_, Some(_)) => "upgrade",
+            (_, None) => "start",
+        };
         let ended = format!("{wish} {}", outcome.as_str().replace('_', " "));
         match &reason {
             // The outcome is known since the listeners left; this is the end of the old workers.

@@ -107,8 +107,10 @@ impl Shell {
                 self.groups.evict(listener.group, key);
             }
         }
-        let pid = self.pid(SERVER);
-        tracing::warn!(event = "let_go", pid, "process {pid} serves on as before the takeover");
+        // Unless it has ended itself.
+        if let Some(pid) = self.processes.get(&SERVER).map(|process| process.pid) {
+            tracing::warn!(event = "let_go", pid, "process {pid} serves on as before the takeover");
+        }
     }
 }
 
@@ -139,23 +141,30 @@ fn enlist(groups: &mut Groups, launch: &Launch, claim: Claim) -> Result<Enlisted
     let failed = |error: &dyn std::fmt::Display| format!("its listener on {address}: {error}");
     let is_late = !socket::is_reuseport(handle.as_fd()).map_err(|error| failed(&error))?;
     groups.note_bound(group, claim.local);
-    let done = if is_late {
-        enlist_late(groups, group, handle.as_fd(), claim.backlog)
-    } else {
-        groups.enlist(group, handle.as_fd(), false).map_err(|error| match error.errno() {
-            Some(libc::EBUSY) => {
-                "another steering program has it already: end the one that has put it there".to_owned()
-            }
-            _ => error.to_string(),
-        })
-    };
-    match done {
-        Ok(()) => Ok(Enlisted { group, claim, handle, is_late }),
-        Err(error) => {
-            leave(handle.as_fd(), is_late);
-            Err(failed(&error))
-        }
+    if claim.local != address {
+        let bound = claim.local;
+        tracing::warn!(
+            event = "takeover_elsewhere",
+            %bound,
+            %address,
+            "the server serves {address} from {bound}: the new workers have to bind that too; better set [[listen]] \
+             address = \"{bound}\""
+        );
     }
+    if !is_late {
+        let enlisted = groups.enlist(group, handle.as_fd(), false);
+        enlisted.map_err(|error| match error.errno() {
+            Some(libc::EBUSY) => failed(
+                &"a steering program has it already, another's or that of a master that was killed while it took over: \
+                  end that program, or restart the server",
+            ),
+            _ => failed(&error),
+        })?;
+    } else if let Err(error) = enlist_late(groups, group, handle.as_fd(), claim.backlog) {
+        leave(handle.as_fd(), is_late);
+        return Err(failed(&error));
+    }
+    Ok(Enlisted { group, claim, handle, is_late })
 }
 
 /// One that has not SO_REUSEPORT gets it, and with it a group: by a helper beside it, which is gone again when the

@@ -1,15 +1,20 @@
 //! What can't be taken over from is refused, and left as it is.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
+
+use rustix::process::Signal;
 
 use super::server::{Server, python};
 use super::{NGINX, app, take_over};
 use crate::support::PATIENCE;
 use crate::support::app::App;
 use crate::support::master::{Master, REUSEPORTD};
-use crate::support::process::processes_of;
+use crate::support::process::{Running, keepers_of, kill, processes_of};
 use crate::support::world::{Need, World, world};
 
 /// Nobody's user here.
@@ -22,6 +27,13 @@ fn refused_by(mut master: Master<'_>, words: &[&str]) {
     assert!(words.iter().all(|word| log.contains(word)), "{words:?}: {log}");
     assert!(!log.contains("event=\"takeover\""), "{log}");
     assert_eq!(processes_of(master.app()), []);
+}
+
+/// The same for this config, beside another master.
+fn refused_beside(config: &Path, pid: u32, words: &[&str]) {
+    let mut command = Command::new(REUSEPORTD);
+    command.args(["takeover", "--pid", &pid.to_string(), "--config"]).arg(config);
+    Running::start(command).finish(PATIENCE).refused(words);
 }
 
 fn refused(world: &World, app: &App, pid: u32, words: &[&str]) {
@@ -106,8 +118,8 @@ fn a_server_out_of_reach_is_refused() {
     world(&[Need::Root, Need::Bpf, Need::Python, Need::Runs("setpriv", &["--version"])], |world| {
         let mut server = Server::python(world, 1, &[]);
         let program = world.path("reuseportd");
-        std::fs::copy(REUSEPORTD, &program).unwrap();
-        std::os::unix::fs::chown(world.path(""), Some(UID), Some(UID)).unwrap();
+        fs::copy(REUSEPORTD, &program).unwrap();
+        chown(world.path(""), Some(UID), Some(UID)).unwrap();
         let mut command = Command::new("setpriv");
         let capabilities = "+bpf,+net_admin,+perfmon";
         command.args(["--reuid", &UID.to_string(), "--regid", &UID.to_string(), "--clear-groups"]);
@@ -120,41 +132,48 @@ fn a_server_out_of_reach_is_refused() {
 }
 
 #[test]
+fn sockets_without_groups_are_refused() {
+    world(&[Need::Python], |world| {
+        let mut server = Server::python(world, 1, &[]);
+        let mut datagrams = app(world, "").readiness("notify");
+        datagrams.listen_lines.push((None, "protocol = \"udp\""));
+        refused(world, &datagrams, server.pid(), &["waits in a UDP socket can't be moved"]);
+        let path = world.path("socket");
+        let mut unix = app(world, "").readiness("notify");
+        unix.write();
+        let text = fs::read_to_string(&unix.path).unwrap();
+        let listen = format!(
+            "[[listen]]\nname = \"path\"\naddress = \"unix:{}\"\nbind = \"master\"\n",
+            path.display()
+        );
+        unix.verbatim = Some(text + &listen);
+        refused(world, &unix, server.pid(), &["[[listen]] \"path\"", "can be only one socket's"]);
+        assert!(!path.exists());
+        server.assert_untouched();
+    });
+}
+
+#[test]
 fn what_a_master_has_started_is_refused() {
     world(&[Need::Bpf, Need::Python], |world| {
         let app = app(world, "");
         let mut master = Master::start(world, &app);
         let workers = master.serving();
-        // A second master of the app.
-        let mut second = Command::new(REUSEPORTD);
-        second.args(["takeover", "--pid", &workers[0].to_string(), "--config"]).arg(&app.path);
-        let done = crate::support::process::Running::start(second).finish(PATIENCE);
-        done.refused(&["another master runs this app"]);
-        // One of another app.
-        let mut other = app.clone();
-        other.verbatim = Some(
-            std::fs::read_to_string(&app.path)
-                .unwrap()
-                .replace("run/control.sock", "other/control.sock")
-                .replace(&world.app, &format!("{}-other", world.app)),
-        );
-        other.path = world.path("other.toml");
-        other.write();
+        refused_beside(&app.path, workers[0], &["another master runs this app"]);
+        let text = fs::read_to_string(&app.path).unwrap();
+        let other = world.path("other.toml");
+        let (name, socket) = (format!("{}-other", world.app), "other/control.sock");
+        fs::write(&other, text.replace(&world.app, &name).replace("run/control.sock", socket)).unwrap();
         for pid in [workers[0], master.pid()] {
-            let mut command = Command::new(REUSEPORTD);
-            command.args(["takeover", "--pid", &pid.to_string(), "--config"]).arg(&other.path);
-            let done = crate::support::process::Running::start(command).finish(PATIENCE);
-            done.refused(&["is a worker of the reuseportd master of app", "`reuseportd upgrade`"]);
+            let said = ["is a worker of the reuseportd master of app", "`reuseportd upgrade`"];
+            refused_beside(&other, pid, &said);
         }
         assert_eq!(master.serving(), workers);
         // Those that nobody has any more are for the next master.
-        master.signal(rustix::process::Signal::STOP);
-        crate::support::process::kill(crate::support::process::keepers_of(&world.app));
+        master.signal(Signal::STOP);
+        kill(keepers_of(&world.app));
         master.kill();
-        let mut command = Command::new(REUSEPORTD);
-        command.args(["takeover", "--pid", &workers[0].to_string(), "--config"]).arg(&app.path);
-        let done = crate::support::process::Running::start(command).finish(PATIENCE);
-        done.refused(&["`reuseportd --config` takes them over"]);
+        refused_beside(&app.path, workers[0], &["`reuseportd --config` takes them over"]);
     });
 }
 

@@ -1,5 +1,6 @@
 //! Servers that no master has started.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -52,7 +53,7 @@ impl Server {
             temp = world.path("temp").display(),
         );
         let config = world.path("nginx.conf");
-        std::fs::write(&config, text).unwrap();
+        fs::write(&config, text).unwrap();
         let child = Command::new("nginx").args(["-e", "stderr", "-c"]).arg(config).spawn().unwrap();
         let deadline = Instant::now() + PATIENCE;
         let server = Server { child, address };
@@ -75,6 +76,18 @@ impl Server {
 
     pub(super) fn signal(&self, what: Signal) {
         signal(self.pid(), what);
+    }
+
+    /// It does nothing any more, until it is killed.
+    pub(super) fn freeze(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        for pid in self.pids() {
+            signal(pid, Signal::STOP);
+            let is_frozen = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") T ");
+            while !is_frozen() {
+                assert!(Instant::now() < deadline, "process {pid} goes on");
+            }
+        }
     }
 
     /// Waits for its end, and that of its children.

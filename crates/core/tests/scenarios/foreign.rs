@@ -27,13 +27,17 @@ const ANYWHERE: [Until; 3] = [Until::Launching, Until::Canary, Until::Baking];
 impl Shell {
     /// The server serves, and worker 2 is launched beside it.
     fn taking_over(plan: Plan) -> Shell {
+        Shell::taking_over_from(Shell::plan(1), plan)
+    }
+
+    fn taking_over_from(server: Plan, plan: Plan) -> Shell {
         let mut shell = Shell::new(Engine::Ebpf);
         shell.listeners = 1;
         let listener = ListenerId(1);
         shell.owners.insert(listener, SERVER);
         shell.members.push(listener);
         let listeners = vec![(GROUP, listener)];
-        shell.tell(Event::Foreign { plan: Shell::plan(1), server: WorkerId(SERVER), listeners });
+        shell.tell(Event::Foreign { plan: server, server: WorkerId(SERVER), listeners });
         shell.launch(plan, Trigger::Takeover);
         shell
     }
@@ -189,6 +193,15 @@ fn with_both_gone_the_master_ends() {
     assert_eq!(shell.launched(), [Generation(1)]);
 }
 
+/// What is left of it may still accept from its listener.
+#[test]
+fn what_it_leaves_serves_on_when_the_first_generation_fails_too() {
+    let mut shell = Shell::taking_over(Shell::plan(1));
+    shell.tell(Event::Exited { worker: WorkerId(SERVER), how: Exit::Unknown, remains: true });
+    shell.exits(2, KILLED);
+    shell.assert_let_go();
+}
+
 #[test]
 fn that_it_stops_listening_is_its_own_business() {
     let mut shell = Shell::taking_over(Shell::plan(1));
@@ -218,6 +231,23 @@ fn a_later_upgrade_that_fails_does_not_save_it() {
 }
 
 #[test]
+fn a_stop_in_a_later_upgrade_spares_nobody() {
+    let mut shell = Shell::taking_over(Shell::plan(1));
+    shell.open = 1;
+    shell.ready(2);
+    shell.pass(SECOND * 5);
+    shell.owners.remove(&ListenerId(SERVER));
+    shell.pass(SECOND);
+    shell.upgrade(1, Trigger::Command);
+    shell.tell(Event::Stop { mode: StopMode::Fast, by: None });
+    assert_eq!(shell.signals_to_server(), [Signal::Stop, Signal::KillGroup]);
+    for worker in [SERVER, 2, 3] {
+        shell.exits(worker, KILLED);
+    }
+    assert!(shell.has_said(&Command::Exit { code: 0 }) && !shell.is_let_go());
+}
+
+#[test]
 fn the_next_master_goes_on_with_it() {
     for until in ANYWHERE {
         let mut shell = Shell::got(until);
@@ -226,4 +256,14 @@ fn the_next_master_goes_on_with_it() {
         shell.exits(2, KILLED);
         shell.assert_let_go();
     }
+}
+
+/// It can't give a sign of life to somebody it does not know.
+#[test]
+fn it_is_not_watched() {
+    let watched = Plan { watchdog: Some(SECOND), ..Shell::plan(1) };
+    let mut shell = Shell::taking_over_from(watched, Shell::plan(1));
+    shell.is_succeeded(&[]);
+    shell.pass(SECOND * 5);
+    assert_eq!(shell.signals_to_server(), []);
 }
