@@ -11,9 +11,12 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Slots(Vec<Member>);
 
 impl Slots {
-    /// As a former master knew them. Whose they are shows in the next look.
+    /// As a former master knew them; a cookie that is there twice, which no master writes, counts where it is first. Whose
+    /// they are shows in the next look.
     pub(crate) fn of_cookies(cookies: &[u64]) -> Slots {
-        Slots(cookies.iter().map(|cookie| Member { cookie: *cookie, listener: None }).collect())
+        let is_first = |slot: usize| !cookies[..slot].contains(&cookies[slot]);
+        let slots = (0..cookies.len()).filter(|slot| is_first(*slot));
+        Slots(slots.map(|slot| Member { cookie: cookies[slot], listener: None }).collect())
     }
 
     /// The sockets, slot by slot.
@@ -192,6 +195,13 @@ mod tests {
         assert_eq!(slots.of(ListenerId(3)), Some(0));
         slots.sync(&members(&[2, 3, 6, 7]));
         assert!(!slots.sync(&members(&[6, 7])));
+    }
+
+    #[test]
+    fn a_damaged_journal_puts_nobody_into_two_slots() {
+        let slots = Slots::of_cookies(&[7, 8, 7, 9, 8]);
+        assert_eq!(slots.cookies(), [7, 8, 9]);
+        assert!(slots.is_consistent());
     }
 
     #[test]
