@@ -61,6 +61,9 @@ impl Master {
         slots: &[(GroupId, Vec<u64>)],
         trigger: Trigger,
     ) {
+        if !self.generations.is_empty() || self.stopping.is_some() {
+            return self.report(Report::Bug("orphans of a master that has generations"));
+        }
         self.generation_last = self.generation_last.max(generation.0);
         self.open_groups(&plan);
         // Sockets of seats are no more than theirs: the next generation gets its own.

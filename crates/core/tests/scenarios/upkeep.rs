@@ -186,3 +186,13 @@ fn a_group_is_steered_while_leftovers_are_taken() {
     assert_eq!(shell.attached().last(), Some(&vec![2]), "{GROUP:?}: at once");
     assert!(shell.released().is_empty());
 }
+
+#[test]
+fn orphans_are_no_news_to_a_master_that_has_workers() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    let workers = vec![(WorkerId(1), Vec::new())];
+    let plan = Shell::plan(1);
+    shell.tell(Event::Orphans { generation: Generation(9), plan, workers, slots: Vec::new() });
+    assert!(shell.said.iter().any(|said| matches!(said, Command::Report(Report::Bug(_)))));
+    assert_eq!(shell.master.status().active, Some(Generation(1)), "nothing has changed");
+}
