@@ -31,7 +31,7 @@ impl Master {
             return;
         }
         if let Some(listener) = self.receipt_listener(generation, group) {
-            listener.leftovers_lost += count;
+            listener.leftovers_lost = listener.leftovers_lost.saturating_add(count);
         }
         self.report(Report::DatagramsLost(group, count));
     }

@@ -213,8 +213,8 @@ impl Master {
             return;
         };
         if let Some(listener) = self.receipt_listener(generation, group) {
-            listener.leftovers_taken += taken;
-            listener.leftovers_lost += lost;
+            listener.leftovers_taken = listener.leftovers_taken.saturating_add(taken);
+            listener.leftovers_lost = listener.leftovers_lost.saturating_add(lost);
         }
         if taken > 0 {
             self.report(Report::LeftoversTaken(id, taken));

@@ -3,8 +3,8 @@
 use crate::shell::{GROUP, Shell};
 use crate::{SECOND, serve, signal, stop};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Generation, Notice, Plan, Reason, Report, Seat, Signal, StopMode, Ticket,
-    Trigger, WorkerId,
+    Command, Engine, Event, Exit, Generation, ListenerId, Notice, Plan, Reason, Report, Seat, Signal,
+    StopMode, Ticket, Trigger, WorkerId,
 };
 use std::time::Duration;
 
@@ -195,4 +195,25 @@ fn orphans_are_no_news_to_a_master_that_has_workers() {
     shell.tell(Event::Orphans { generation: Generation(9), plan, workers, slots: Vec::new() });
     assert!(shell.said.iter().any(|said| matches!(said, Command::Report(Report::Bug(_)))));
     assert_eq!(shell.master.status().active, Some(Generation(1)), "nothing has changed");
+}
+
+#[test]
+fn counts_that_a_worker_makes_up_end_at_the_largest_number() {
+    let mut shell = Shell::serving(Engine::Cbpf, 1);
+    shell.upgrade(1, Trigger::Signal);
+    shell.ready(2);
+    for _ in 0..2 {
+        let (group, generation, count) = (GROUP, Generation(1), u32::MAX);
+        shell.tell(Event::Discarded { group, generation, count });
+    }
+    shell.queued = 1;
+    shell.exits(1, Exit::Signal(9));
+    for _ in 0..2 {
+        shell.tell(Event::Taken { listener: ListenerId(1), count: u32::MAX });
+        shell.pass(SECOND);
+    }
+    shell.queued = 0;
+    shell.pass(SECOND * 10);
+    let counted = &shell.receipt().listeners[0];
+    assert_eq!((counted.leftovers_lost, counted.leftovers_taken), (u32::MAX, u32::MAX));
 }
