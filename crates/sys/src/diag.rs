@@ -198,7 +198,7 @@ pub fn parse(mut reply: &[u8], sockets: &mut Vec<Socket>) -> io::Result<Parsed> 
             NLMSG_DONE => {
                 // The dump's own result rides on the end marker.
                 return match word(body, 0).map(u32::cast_signed) {
-                    Ok(errno) if errno < 0 => Err(io::Error::from_raw_os_error(-errno)),
+                    Ok(errno) if errno < 0 => Err(io::Error::from_raw_os_error(errno.saturating_neg())),
                     _ => Ok(Parsed::Done),
                 };
             }

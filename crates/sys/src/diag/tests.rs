@@ -95,6 +95,14 @@ fn a_reply_cut_anywhere_is_an_error_and_never_a_panic() {
 }
 
 #[test]
+fn an_errno_that_is_none_is_an_error_too() {
+    for kind in [NLMSG_DONE, NLMSG_ERROR] {
+        let reply = message(kind, 0, &i32::MIN.to_ne_bytes());
+        assert!(parse(&reply, &mut Vec::new()).is_err());
+    }
+}
+
+#[test]
 fn only_ipv4_is_turned_round() {
     let at = |local: &str| Socket { local: local.parse().unwrap(), ..one() };
     let dumped = ["[::1]:1", "127.0.0.1:3", "[::1]:2", "127.0.0.1:4"].map(at);
