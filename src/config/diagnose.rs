@@ -38,23 +38,23 @@ impl ConfigErrors {
             0 => String::new(),
             more => format!(" (and {more} more)"),
         };
-        format!("{path}{}: {}{more}", place.unwrap_or_default(), title(first).replace('\n', " "))
+        format!("{path}{}: {}{more}", place.unwrap_or_default(), title(first).replace(char::is_control, " "))
     }
 
     fn render(&self, renderer: &Renderer) -> String {
-        let path = self.path.display().to_string();
+        let (path, text) = (self.path.display().to_string(), harmless(&self.text));
         let reports = self.problems.iter().take(SHOWN_MAX).map(|problem| {
-            let group = Level::ERROR.primary_title(title(problem));
+            let group = Level::ERROR.primary_title(harmless(&title(problem)));
             let mut group = match &problem.span {
                 Some(span) => group.element(
-                    Snippet::source(self.text.as_str())
+                    Snippet::source(text.as_str())
                         .path(path.as_str())
                         .annotation(AnnotationKind::Primary.span(visible(&self.text, span))),
                 ),
                 None => Group::with_title(group).element(Origin::path(path.as_str())),
             };
             if let Some(help) = &problem.help {
-                group = group.element(Level::HELP.message(help.as_str()));
+                group = group.element(Level::HELP.message(harmless(help)));
             }
             renderer.render(&[group])
         });
@@ -83,6 +83,12 @@ fn title(problem: &Problem) -> String {
     } else {
         format!("{}: {}", problem.key, problem.message)
     }
+}
+
+/// The renderer makes the first 32 control characters visible, but not these, which terminals act on as well. Places
+/// stay what they are: the substitute has as many bytes.
+fn harmless(text: &str) -> String {
+    text.chars().map(|c| if ('\u{80}'..='\u{9f}').contains(&c) { '\u{b7}' } else { c }).collect()
 }
 
 /// A table or string over many lines is shown by its first: the rest explains nothing.

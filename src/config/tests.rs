@@ -462,6 +462,17 @@ fn the_summary_is_one_line_with_the_place_and_the_count() {
 }
 
 #[test]
+fn no_control_character_of_the_file_gets_to_the_terminal() {
+    // U+009B begins an escape sequence like ESC [.
+    for text in ["a = \u{9b}31m", "[app]\n\"x\u{9b}\\u001b\u{7f}\" = 1\n", "[app]\n\"a\\nb\\u0085\" = 1\n"] {
+        let errors = load_text(text).unwrap_err();
+        let (all, line) = (errors.to_string(), errors.summary());
+        assert!(!all.contains(|c: char| c.is_control() && c != '\n'), "{all:?}");
+        assert!(!line.contains(char::is_control), "{line:?}");
+    }
+}
+
+#[test]
 fn the_control_socket_is_found_in_a_broken_file() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"[control]\nsocket = \"/run/a.sock\"\n[app\nbroken = = 1\n").unwrap();
