@@ -49,17 +49,19 @@ impl Output {
 
     /// Passes on what has come; `false` once nothing will come any more.
     pub(super) fn pass_on(&mut self, last: &mut LastLines) -> bool {
+        // Nobody reading the output is no reason to end.
+        let write = &mut |line: &[u8]| drop(Patient(rustix::stdio::stdout()).write_all(line));
         let mut buffer = [0; 8192];
         let mut handled = 0;
         while handled < TURN_BYTES {
             match rustix::io::read(self.fd(), &mut buffer) {
                 Ok(0) => {
-                    self.flush(last);
+                    self.flush(last, write);
                     return false;
                 }
                 Ok(count) => {
                     handled += count;
-                    self.take(buffer.get(..count).unwrap_or_default(), last);
+                    self.take(buffer.get(..count).unwrap_or_default(), last, write);
                 }
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return true,
                 Err(_) => return false,
@@ -68,32 +70,54 @@ impl Output {
         true
     }
 
-    fn take(&mut self, bytes: &[u8], last: &mut LastLines) {
-        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            self.rest.extend_from_slice(piece);
-            // A line too long to be written at once is passed on in pieces.
-            if piece.ends_with(b"\n") || self.rest.len() + self.tag.len() >= ATOMIC_BYTES - 1 {
-                self.flush(last);
+    fn take(&mut self, bytes: &[u8], last: &mut LastLines, write: &mut dyn FnMut(&[u8])) {
+        // A line too long to be written at once is passed on in pieces.
+        let longest = ATOMIC_BYTES.saturating_sub(self.tag.len() + 1).max(1);
+        for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+            for piece in line.chunks(longest) {
+                if self.rest.len() + piece.len() > longest {
+                    self.flush(last, write);
+                }
+                self.rest.extend_from_slice(piece);
+                if piece.ends_with(b"\n") {
+                    self.flush(last, write);
+                }
             }
         }
     }
 
-    fn flush(&mut self, last: &mut LastLines) {
+    fn flush(&mut self, last: &mut LastLines, write: &mut dyn FnMut(&[u8])) {
         if self.rest.is_empty() {
             return;
         }
         let line = self.rest.strip_suffix(b"\n").unwrap_or(&self.rest);
         last.push(line);
-        let stdout = io::stdout();
         let mut tagged = self.tag.clone().into_bytes();
-        if stdout.is_terminal() {
+        if io::stdout().is_terminal() {
             tagged.extend_from_slice(printable(&String::from_utf8_lossy(line)).as_bytes());
         } else {
             tagged.extend_from_slice(line);
         }
         tagged.push(b'\n');
-        // Nobody reading the output is no reason to end.
-        let _ = Patient(rustix::stdio::stdout()).write_all(&tagged);
+        write(&tagged);
         self.rest.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_at_once_fits() {
+        let (reader, _writer) = Output::pipe().unwrap();
+        let mut output = Output::new(reader, "[g1 s0 7] ".into());
+        let mut pieces = Vec::new();
+        for printed in [&b"short\nlong "[..], &[b'x'; 9000], b" end\n\n"] {
+            output.take(printed, &mut LastLines::default(), &mut |line| pieces.push(line.to_vec()));
+        }
+        assert!(pieces.iter().all(|piece| piece.len() <= ATOMIC_BYTES && piece.starts_with(b"[g1 s0 7] ")));
+        let text: Vec<u8> = pieces.iter().flat_map(|piece| &piece[10..piece.len() - 1]).copied().collect();
+        assert_eq!(text, [b"shortlong ", &[b'x'; 9000][..], b" end"].concat());
     }
 }
