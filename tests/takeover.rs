@@ -20,7 +20,7 @@ use crate::support::app::{App, test_worker};
 use crate::support::gate::Gate;
 use crate::support::load::{Load, spec};
 use crate::support::master::{Master, REUSEPORTD};
-use crate::support::process::{keepers_of, kill};
+use crate::support::process::{keepers_of, kill, processes_of};
 use crate::support::world::{Need, World, world};
 
 /// Of the Python server: 1,600 connections a second.
@@ -287,6 +287,26 @@ fn when_master_and_keeper_are_killed_the_next_one_ends_the_takeover() {
         load.answered_by(2);
         load.end_lossless();
         master.stop();
+    });
+}
+
+/// It is none of those that the master has left behind.
+#[test]
+fn the_server_outlives_what_is_left_behind() {
+    world(&[Need::Bpf, Need::Python], |world| {
+        let mut server = Server::python(world, PROCESSES, &[]);
+        let bake = app(world, "").upgrade("bake = \"10m\"");
+        let mut master = takes_over(world, &bake, server.pid(), MasterState::Baking);
+        master.signal(Signal::STOP);
+        kill(keepers_of(&world.app));
+        master.kill();
+        assert_eq!(master.cli("stop --left-behind").code, 0);
+        assert_eq!(processes_of(&world.app), []);
+        assert!(server.lives());
+        let load = Load::start(busy(world));
+        load.answered(300);
+        let report = load.end_lossless();
+        assert_eq!(report.generations.keys().copied().collect::<Vec<_>>(), [0], "{report}");
     });
 }
 

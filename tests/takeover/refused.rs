@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use reuseportd_sys::bpf::EbpfGroup;
 use rustix::process::Signal;
 
 use super::server::{Server, python};
@@ -185,9 +187,28 @@ fn a_stranger_at_its_address_is_refused() {
             command.env("REUSEPORT", "1").arg(world.address.to_string());
             Server::start(world, command)
         };
-        let (server, stranger) = (with_reuseport(), with_reuseport());
-        let said = [&*format!("process {}", stranger.pid()), "listens on", "end it first"];
+        let (server, _stranger) = (with_reuseport(), with_reuseport());
+        let said = [&*format!("(python3) listens on {} too", world.address), "end it first"];
         refused(world, &app(world, ""), server.pid(), &said);
         server.assert_no_program();
+    });
+}
+
+#[test]
+fn a_listener_under_another_program_is_refused_and_stays_under_it() {
+    world(&[Need::Bpf, Need::Python], |world| {
+        let mut command = python(1);
+        command.env("REUSEPORT", "1").arg(world.address.to_string());
+        let server = Server::start(world, command);
+        let other = EbpfGroup::new(8, None).unwrap();
+        other.admit(0, server.listener().as_fd()).unwrap();
+        other.attach(server.listener().as_fd()).unwrap();
+        refused(
+            world,
+            &app(world, ""),
+            server.pid(),
+            &["a steering program has it already", "restart the server"],
+        );
+        EbpfGroup::detach(server.listener().as_fd()).expect("the other program was taken away");
     });
 }

@@ -101,7 +101,7 @@ impl Server {
     }
 
     /// Its listener, from outside.
-    fn listener(&self) -> OwnedFd {
+    pub(super) fn listener(&self) -> OwnedFd {
         let query = Query {
             protocol: Protocol::Tcp,
             family: Family::Both,
