@@ -161,7 +161,9 @@ fn closing_a_listener_resets_its_half_open_handshakes() {
     spec.silence = (2 * QUICK, 2 * QUICK);
     let running = spawn(spec).unwrap();
     server::wait_count(1, || server::half_open(&listener));
-    // On a slow machine the first may already have spoken when the last comes; those wait in the queue.
+    running.wait_until(Duration::from_secs(5), |live| live.issued == 10).unwrap();
+    // The first may already have spoken when the last comes; those wait in the queue. One that goes there in between is
+    // counted twice.
     server::wait_count(10, || server::half_open(&listener) + server::depth(&listener));
     drop(listener);
     assert_fates(&running.stop_and_join().unwrap(), &[(Fate::ResetBeforeResponse, 10)]);
