@@ -35,7 +35,7 @@ impl Master {
     pub(crate) fn on_bound(&mut self, group: GroupId, worker: WorkerId, result: Result<ListenerId, i32>) {
         let known = self.workers.get(&worker).map(|worker| (worker.generation, worker.seat, worker.state));
         match (known, result) {
-            (Some((generation, seat, _)), Ok(id)) => {
+            (Some((generation, seat, _)), Ok(id)) if self.seat_groups(generation).contains(&group) => {
                 let listener = Listener {
                     group,
                     generation,
@@ -60,7 +60,8 @@ impl Master {
             (Some((_, seat, state)), Err(errno)) if !state.is_ending() => {
                 self.fail_worker(worker, Reason::BindFailed(seat, group, errno))
             }
-            (None, Ok(id)) => self.push(Command::Release { listener: id, shutdown: false }),
+            // Nobody is left to sit on it, or nobody asked for it.
+            (_, Ok(id)) => self.push(Command::Release { listener: id, shutdown: false }),
             (_, Err(_)) => {}
         }
     }

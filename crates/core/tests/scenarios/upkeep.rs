@@ -217,3 +217,12 @@ fn counts_that_a_worker_makes_up_end_at_the_largest_number() {
     let counted = &shell.receipt().listeners[0];
     assert_eq!((counted.leftovers_lost, counted.leftovers_taken), (u32::MAX, u32::MAX));
 }
+
+#[test]
+fn a_socket_that_no_seat_asked_for_is_let_go_of() {
+    let mut shell = Shell::serving(Engine::Ebpf, 2);
+    let listener = ListenerId(9);
+    shell.tell(Event::Bound { group: GROUP, worker: WorkerId(1), result: Ok(listener) });
+    assert!(shell.has_said(&Command::Release { listener, shutdown: false }));
+    shell.exits(1, Exit::Signal(9));
+}
