@@ -414,7 +414,7 @@ impl Master {
                 worker.cut_uncounted = false;
                 self.report(Report::Killed(*id, Some(*open)));
                 if let Some(receipt) = self.receipt_of(generation) {
-                    receipt.connections_cut = receipt.connections_cut.map(|cut| cut + open);
+                    receipt.connections_cut = receipt.connections_cut.map(|cut| cut.saturating_add(*open));
                 }
             } else if let (0, WorkerState::Idling { until }) = (open, &mut worker.state)
                 && *until > self.now

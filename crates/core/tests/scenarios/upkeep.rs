@@ -226,3 +226,18 @@ fn a_socket_that_no_seat_asked_for_is_let_go_of() {
     assert!(shell.has_said(&Command::Release { listener, shutdown: false }));
     shell.exits(1, Exit::Signal(9));
 }
+
+#[test]
+fn connections_cut_end_at_the_largest_number() {
+    let mut shell = Shell::serving(Engine::Ebpf, 2);
+    shell.open = u32::MAX;
+    shell.upgrade(2, Trigger::Signal);
+    for worker in 3..=4 {
+        shell.ready(worker);
+    }
+    shell.pass(SECOND * 120);
+    for worker in 1..=2 {
+        shell.exits(worker, Exit::Signal(9));
+    }
+    assert_eq!(shell.receipt().connections_cut, Some(u32::MAX));
+}
