@@ -188,6 +188,34 @@ fn select(asm: &mut Assembler, maps: &Maps) {
     asm.call(HELPER_SELECT);
 }
 
+/// R1 = the packet's source port; the context's data starts at the TCP or UDP header.
+fn load_source_port(asm: &mut Assembler, missing: &'static str) {
+    asm.load(Double, R1, R6, CTX_DATA);
+    asm.load(Double, R2, R6, CTX_DATA_END);
+    asm.alu(Op::Mov, R3, R1);
+    asm.alu_imm(Op::Add, R3, 4);
+    asm.jump_if(Cond::Gt, R3, R2, missing);
+    asm.load(Half, R1, R1, 0);
+}
+
+/// Writes the packet's source address to the stack, or two: the destination behind it. `protocol` is the context's.
+fn load_addresses(asm: &mut Assembler, protocol: Reg, place: i16, number: i32, missing: &'static str) {
+    asm.alu(Op::Mov, R1, R6);
+    stack_address(asm, R3, place);
+    asm.alu_imm(Op::Mov, R5, HEADER_START_NET);
+    asm.jump_if_imm(Cond::Eq, protocol, eth_protocol(true).cast_signed(), "ipv6");
+    asm.alu_imm(Op::Mov, R2, 12);
+    asm.alu_imm(Op::Mov, R4, 4 * number);
+    asm.call(HELPER_LOAD_BYTES_RELATIVE);
+    asm.jump("loaded");
+    asm.label("ipv6");
+    asm.alu_imm(Op::Mov, R2, 8);
+    asm.alu_imm(Op::Mov, R4, 16 * number);
+    asm.call(HELPER_LOAD_BYTES_RELATIVE);
+    asm.label("loaded");
+    asm.jump_if_imm(Cond::Ne, R0, 0, missing);
+}
+
 /// A SYN from exactly the probe's source goes to the probe's key; anything else falls through to "plan".
 fn probe(asm: &mut Assembler, maps: &Maps) {
     // A migration may come with an empty packet: nothing to read there.
@@ -203,31 +231,12 @@ fn probe(asm: &mut Assembler, maps: &Maps) {
     asm.load(Word, R1, R8, PROBE_PROTOCOL);
     asm.load(Word, R9, R6, CTX_ETH_PROTOCOL);
     asm.jump_if(Cond::Ne, R1, R9, "plan");
-    // The context's data starts at the TCP header.
-    asm.load(Double, R1, R6, CTX_DATA);
-    asm.load(Double, R2, R6, CTX_DATA_END);
-    asm.alu(Op::Mov, R3, R1);
-    asm.alu_imm(Op::Add, R3, 4);
-    asm.jump_if(Cond::Gt, R3, R2, "plan");
-    asm.load(Half, R1, R1, 0);
+    load_source_port(asm, "plan");
     asm.load(Word, R2, R8, PROBE_PORT);
     asm.jump_if(Cond::Ne, R1, R2, "plan");
     asm.store_imm(Double, R10, ADDRESS, 0);
     asm.store_imm(Double, R10, ADDRESS + 8, 0);
-    asm.alu(Op::Mov, R1, R6);
-    stack_address(asm, R3, ADDRESS);
-    asm.alu_imm(Op::Mov, R5, HEADER_START_NET);
-    asm.jump_if_imm(Cond::Eq, R9, eth_protocol(true).cast_signed(), "ipv6");
-    asm.alu_imm(Op::Mov, R2, 12);
-    asm.alu_imm(Op::Mov, R4, 4);
-    asm.call(HELPER_LOAD_BYTES_RELATIVE);
-    asm.jump("loaded");
-    asm.label("ipv6");
-    asm.alu_imm(Op::Mov, R2, 8);
-    asm.alu_imm(Op::Mov, R4, 16);
-    asm.call(HELPER_LOAD_BYTES_RELATIVE);
-    asm.label("loaded");
-    asm.jump_if_imm(Cond::Ne, R0, 0, "plan");
+    load_addresses(asm, R9, ADDRESS, 1, "plan");
     for half in [0, 8] {
         asm.load(Double, R1, R10, ADDRESS + half);
         asm.load(Double, R2, R8, PROBE_ADDRESS + half);

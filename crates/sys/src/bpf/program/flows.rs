@@ -126,31 +126,11 @@ fn identify(asm: &mut Assembler, table: &FlowMaps) {
     lookup(asm, table.owners, "choose");
     asm.load(Double, R9, R0, LAST);
     asm.jump_if_imm(Cond::Eq, R9, 0, "choose");
-    // The context's data starts at the UDP header.
-    asm.load(Double, R1, R6, CTX_DATA);
-    asm.load(Double, R2, R6, CTX_DATA_END);
-    asm.alu(Op::Mov, R3, R1);
-    asm.alu_imm(Op::Add, R3, 4);
-    asm.jump_if(Cond::Gt, R3, R2, "choose");
-    asm.load(Half, R1, R1, 0);
+    load_source_port(asm, "choose");
     asm.store(Word, R10, FLOW_PORT, R1);
     asm.load(Word, R0, R6, CTX_ETH_PROTOCOL);
     asm.store(Word, R10, FLOW_PROTOCOL, R0);
-    // Both addresses, one behind the other.
-    asm.alu(Op::Mov, R1, R6);
-    stack_address(asm, R3, FLOW);
-    asm.alu_imm(Op::Mov, R5, HEADER_START_NET);
-    asm.jump_if_imm(Cond::Eq, R0, eth_protocol(true).cast_signed(), "ipv6");
-    asm.alu_imm(Op::Mov, R2, 12);
-    asm.alu_imm(Op::Mov, R4, 8);
-    asm.call(HELPER_LOAD_BYTES_RELATIVE);
-    asm.jump("loaded");
-    asm.label("ipv6");
-    asm.alu_imm(Op::Mov, R2, 8);
-    asm.alu_imm(Op::Mov, R4, 32);
-    asm.call(HELPER_LOAD_BYTES_RELATIVE);
-    asm.label("loaded");
-    asm.jump_if_imm(Cond::Ne, R0, 0, "choose");
+    load_addresses(asm, R0, FLOW, 2, "choose");
     asm.store(Double, R10, TIMEOUT, R9);
 }
 
