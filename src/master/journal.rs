@@ -86,27 +86,32 @@ impl Entry {
 
 /// Reads the journal; its workers may be in another network namespace. `None` if there is none.
 pub(super) fn read(path: &Path) -> Result<Option<Journal>, JournalError> {
+    match read_own(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(JournalError::Useless(error.to_string())),
+        Ok(text) => parse(path, &text).map(Some),
+    }
+}
+
+/// The journal that this text is.
+pub(super) fn parse(path: &Path, text: &[u8]) -> Result<Journal, JournalError> {
     #[derive(Deserialize)]
     struct Form {
         journal: u32,
         by: String,
     }
     let useless = |what: String| JournalError::Useless(what);
-    let text = match read_own(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        text => text.map_err(|error| useless(error.to_string()))?,
-    };
-    let form: Form = serde_json::from_slice(&text)
+    let form: Form = serde_json::from_slice(text)
         .map_err(|error| useless(format!("it is cut off or damaged: {error}")))?;
     if form.journal > VERSION {
         let (path, version, by) = (path.to_owned(), form.journal, form.by);
         return Err(JournalError::Newer { path, version, by });
     }
     let journal: Journal =
-        serde_json::from_slice(&text).map_err(|error| useless(format!("it is damaged: {error}")))?;
+        serde_json::from_slice(text).map_err(|error| useless(format!("it is damaged: {error}")))?;
     match journal.place.check() {
         // Their pids mean something here.
-        Ok(()) | Err(SnapshotError::Elsewhere(Part::Network)) => Ok(Some(journal)),
+        Ok(()) | Err(SnapshotError::Elsewhere(Part::Network)) => Ok(journal),
         Err(error) => Err(useless(error.to_string())),
     }
 }

@@ -1,10 +1,10 @@
 //! The notify socket of the workers: READY=1 and the rest, believed only from a worker's own processes.
 
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use reuseportd_core::{Event, WorkerId};
 use reuseportd_sys::{procfs, socket};
+use reuseportd_wire::notify::{self, Notification};
 
 use super::Shell;
 use super::process::printable;
@@ -17,6 +17,11 @@ const DATAGRAM_BYTES_MAX: usize = 4096;
 const STATUS_CHARS_MAX: usize = 200;
 /// Generations of processes between a sender and its worker.
 const ANCESTORS_MAX: usize = 32;
+
+/// The text of `STATUS=` as it is kept.
+pub(super) fn shown(status: &str) -> String {
+    printable(status).chars().take(STATUS_CHARS_MAX).collect()
+}
 
 impl Shell {
     /// Reads what has come on the notify socket.
@@ -41,32 +46,26 @@ impl Shell {
                 );
                 continue;
             };
-            let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default()).into_owned();
-            for line in text.lines() {
-                self.notification(worker, line);
+            for said in notify::decode(buffer.get(..length).unwrap_or_default()) {
+                self.notification(worker, said);
             }
         }
     }
 
-    fn notification(&mut self, worker: WorkerId, line: &str) {
-        let Some((name, value)) = line.split_once('=') else { return };
-        match name {
-            "READY" if value == "1" => self.inbox.push_back(Event::Notified { worker }),
-            "EXTEND_TIMEOUT_USEC" => {
-                if let Ok(by) = value.parse() {
-                    self.inbox.push_back(Event::Extended { worker, by: Duration::from_micros(by) });
-                }
-            }
-            "STATUS" => {
+    fn notification(&mut self, worker: WorkerId, said: Notification) {
+        let event = match said {
+            Notification::Ready => Event::Notified { worker },
+            Notification::Extend(by) => Event::Extended { worker, by },
+            Notification::Alive => Event::Alive { worker },
+            Notification::Stuck => Event::Stuck { worker },
+            Notification::Status(text) => {
                 if let Some(process) = self.processes.get_mut(&worker) {
-                    process.status = Some(printable(value).chars().take(STATUS_CHARS_MAX).collect());
+                    process.status = Some(shown(&text));
                 }
+                return;
             }
-            "WATCHDOG" if value == "1" => self.inbox.push_back(Event::Alive { worker }),
-            "WATCHDOG" if value == "trigger" => self.inbox.push_back(Event::Stuck { worker }),
-            // STOPPING= and MAINPID= change nothing here.
-            _ => {}
-        }
+        };
+        self.inbox.push_back(event);
     }
 
     /// The worker a process belongs to: by its process group, or by descent.

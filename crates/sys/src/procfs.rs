@@ -62,7 +62,9 @@ fn socket_inodes_in(directory: &str) -> io::Result<Vec<(i32, u64)>> {
     Ok(sockets)
 }
 
-fn socket_inode(link: &str) -> Option<u64> {
+/// The inode in what a link of `/proc/PID/fd` says, if it is a socket's.
+#[must_use]
+pub fn socket_inode(link: &str) -> Option<u64> {
     link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
@@ -84,7 +86,9 @@ pub fn process(pid: i32) -> io::Result<Process> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is malformed")))
 }
 
-fn parse_stat(stat: &str) -> Option<Process> {
+/// One process from the text of its `/proc/PID/stat`; `None` if it is none.
+#[must_use]
+pub fn parse_stat(stat: &str) -> Option<Process> {
     let pid = stat.split_once(' ')?.0.parse().ok()?;
     // The program's name is in parentheses and may itself contain any of these characters.
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
@@ -178,7 +182,9 @@ pub fn environment(pid: i32) -> io::Result<Vec<(OsString, OsString)>> {
     Ok(variables_in(&block))
 }
 
-fn variables_in(block: &[u8]) -> Vec<(OsString, OsString)> {
+/// An environment from the text of `/proc/PID/environ`; what has no `=` is left out.
+#[must_use]
+pub fn variables_in(block: &[u8]) -> Vec<(OsString, OsString)> {
     let owned = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
     let split = |entry: &[u8]| {
         let at = entry.iter().position(|byte| *byte == b'=')?;
@@ -194,7 +200,9 @@ pub fn netstat(name: &str) -> Option<u64> {
     netstat_in(&fs::read_to_string("/proc/thread-self/net/netstat").ok()?, name)
 }
 
-fn netstat_in(table: &str, name: &str) -> Option<u64> {
+/// The same from the text of `/proc/net/netstat`.
+#[must_use]
+pub fn netstat_in(table: &str, name: &str) -> Option<u64> {
     let lines: Vec<&str> = table.lines().collect();
     // Lines come in pairs: names, then values, with the same first word.
     lines.chunks_exact(2).find_map(|pair| {

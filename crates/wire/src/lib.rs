@@ -7,6 +7,7 @@
 //! * [`channel`]: master and worker, over the inherited handover channel.
 //! * [`control`]: client and master, over the control socket.
 //! * [`status`]: what `status --json` and the receipt of an upgrade say.
+//! * [`notify`]: worker to master, over the notify socket.
 //! * [`mod@env`]: the environment a worker is started with.
 
 #![no_std]
@@ -17,6 +18,7 @@ extern crate alloc;
 pub mod channel;
 pub mod control;
 pub mod env;
+pub mod notify;
 pub mod status;
 
 /// Longest name of an application or a listener, in bytes.

@@ -257,3 +257,24 @@ fn listen_variable_reads_as_documented() {
         assert!(error.to_string().contains(part));
     }
 }
+
+#[test]
+fn a_notification_is_a_line_of_those_that_mean_something() {
+    use crate::notify::{Notification, decode};
+    use core::time::Duration;
+    let said =
+        decode(b"READY=1\nSTATUS=a=b\xff\r\nMAINPID=7\nEXTEND_TIMEOUT_USEC=5\nWATCHDOG=1\nWATCHDOG=trigger");
+    let wanted = [
+        Notification::Ready,
+        Notification::Status("a=b\u{fffd}".to_owned()),
+        Notification::Extend(Duration::from_micros(5)),
+        Notification::Alive,
+        Notification::Stuck,
+    ];
+    assert_eq!(said, wanted);
+    for nothing in
+        [&b""[..], b"READY", b"READY=0", b"ready=1", b"EXTEND_TIMEOUT_USEC=-1", b"WATCHDOG=", b"=\n="]
+    {
+        assert_eq!(decode(nothing), [], "{nothing:?}");
+    }
+}
