@@ -18,7 +18,7 @@ struct Source {
 /// Every Rust file of the project.
 fn sources() -> Vec<Source> {
     let mut paths = Vec::new();
-    for top in ["src", "crates", "examples", "tests"] {
+    for top in ["src", "crates", "examples", "tests", "fuzz/src", "fuzz/fuzz_targets"] {
         collect(&repository(top), &mut paths);
     }
     assert!(paths.len() > 50, "the sources are not where they are looked for");

@@ -60,7 +60,7 @@ impl Exchange {
 }
 
 /// 2xx passes.
-fn judge(head: &[u8]) -> Verdict {
+pub(super) fn judge(head: &[u8]) -> Verdict {
     let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let is_good = line.starts_with(b"HTTP/1.") && line.get(8..10) == Some(b" 2") && line.len() >= 12;
     if is_good { Verdict::Passed } else { Verdict::Failed }

@@ -9,6 +9,9 @@ mod clock;
 mod control;
 mod exchange;
 mod foreign;
+#[cfg(fuzzing)]
+#[path = "../../fuzz/src/master.rs"]
+pub(crate) mod fuzz;
 mod groups;
 mod journal;
 mod keeping;
