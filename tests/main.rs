@@ -15,6 +15,7 @@ mod cpu_policy;
 mod crash;
 mod doctor;
 mod failed_upgrade;
+mod faults;
 mod force_reuseport;
 mod half_open;
 mod http_readiness;

@@ -1,0 +1,1 @@
+//! Ports taken by strangers, and listeners that workers close unasked.

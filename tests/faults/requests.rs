@@ -1,0 +1,1 @@
+//! Messages and requests of those who mean no good: floods, stalls, halves.
