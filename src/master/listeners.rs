@@ -191,7 +191,7 @@ impl Listeners {
     }
 
     /// Whether one of a worker's processes still holds the socket. Unknown counts as yes.
-    pub(super) fn is_owned(&self, id: ListenerId, pids: io::Result<Vec<i32>>) -> bool {
+    pub(super) fn is_owned(&self, id: ListenerId, pids: impl FnOnce() -> io::Result<Vec<i32>>) -> bool {
         let Some(listener) = self.by_id.get(&id) else { return false };
         if listener.owner.is_some_and(|(pid, number)| procfs::owns_socket(pid, number, listener.inode)) {
             return true;
@@ -202,6 +202,6 @@ impl Listeners {
                 |held| held.iter().any(|(_, inode)| *inode == listener.inode),
             )
         };
-        pids.map_or(true, |pids| pids.into_iter().any(holds))
+        pids().map_or(true, |pids| pids.into_iter().any(holds))
     }
 }

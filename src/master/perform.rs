@@ -7,6 +7,7 @@ use std::rc::Rc;
 use reuseportd_core::{
     Command, Event, Generation, GroupId, ListenerId, Notice, Phase, Report, Signal, WorkerId,
 };
+use reuseportd_sys::diag::Socket;
 use reuseportd_sys::{pidfd, socket};
 use reuseportd_wire::control::Reply;
 use reuseportd_wire::status::Protocol;
@@ -215,8 +216,18 @@ impl Shell {
     }
 
     fn is_owned(&self, id: ListenerId, worker: WorkerId) -> bool {
-        let pid = self.processes.get(&worker).map(|process| process.pid);
-        pid.is_some_and(|pid| self.listeners.is_owned(id, self.processes_of(pid)))
+        let Some(pid) = self.processes.get(&worker).map(|process| process.pid) else { return false };
+        self.still_listens(id) && self.listeners.is_owned(id, || self.processes_of(pid))
+    }
+
+    /// A socket that was shut down is still there, but in no group. Unknown counts as yes.
+    fn still_listens(&self, id: ListenerId) -> bool {
+        let Some(listener) = self.listeners.of(id) else { return false };
+        let takes_datagrams =
+            self.groups.of(listener.group).is_some_and(|group| group.protocol == Protocol::Udp);
+        let is_it = |socket: &Socket| socket.cookie == listener.cookie;
+        // One that takes datagrams may be connected for a while, and be in no group meanwhile.
+        takes_datagrams || self.listening().map_or(true, |listening| listening.iter().any(is_it))
     }
 
     fn look_at(&mut self, group: GroupId) {

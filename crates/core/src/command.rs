@@ -106,7 +106,7 @@ pub enum Command {
         /// Which.
         listener: ListenerId,
     },
-    /// Does any process of the worker still hold this socket? Answer: `Owned`.
+    /// Does any process of the worker still hold this socket, and does it still listen, if it is one that can? Answer: `Owned`.
     Owns {
         /// Which.
         listener: ListenerId,

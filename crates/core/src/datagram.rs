@@ -9,7 +9,7 @@ use crate::id::{Generation, GroupId, ListenerId, RetirementId, Time, WorkerId};
 use crate::master::Master;
 use crate::plan::{Engine, Plan};
 use crate::timers::Timer;
-use crate::worker::{LOOK_PAUSE, WorkerKind, WorkerState};
+use crate::worker::{LOOK_PAUSE, WorkerState};
 use alloc::vec::Vec;
 use core::time::Duration;
 
@@ -128,19 +128,6 @@ impl Master {
     /// What it shows of what waits may be older than its last flow.
     pub(crate) fn may_still_come(&self, listener: &Listener) -> bool {
         self.has_flows(listener) || listener.flows_ended.is_some_and(|ended| ended >= self.now)
-    }
-
-    /// The master holds each of them, so that nothing shows when an unmodified worker closes its own: it is asked for.
-    pub(crate) fn datagrams_to_watch(&self) -> Vec<(ListenerId, WorkerId)> {
-        let is_its = |l: &Listener| {
-            let worker = self.workers.get(&l.worker);
-            let serves = worker.is_some_and(|worker| {
-                worker.state == WorkerState::Serving && worker.kind == Some(WorkerKind::Unmodified)
-            });
-            serves && l.handle && !l.of_seat && !l.leaving && self.takes_datagrams(l.group)
-        };
-        let watched = self.listeners.iter().filter(|(_, listener)| is_its(listener));
-        watched.map(|(id, listener)| (*id, listener.worker)).collect()
     }
 }
 

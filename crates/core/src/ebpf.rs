@@ -5,10 +5,11 @@ use crate::command::{Command, Range};
 use crate::generation::GenerationState;
 use crate::group::{After, InForce, Listener, Work};
 use crate::id::{Generation, GroupId, ListenerId};
-use crate::master::{ANCHOR_PERIOD, Master};
+use crate::master::Master;
 use crate::plan::{Engine, Policy};
 use crate::slots::{KeyRange, Keys};
 use crate::timers::Timer;
+use crate::watch::WATCH_PERIOD;
 use crate::worker::{WorkerKind, WorkerState};
 use alloc::vec::Vec;
 
@@ -196,8 +197,9 @@ impl Master {
     /// Keeps exactly one handle per group of unmodified workers: with none the group could get empty and refuse,
     /// with more a dead worker's queue would wait for the master instead of being migrated by the kernel at once.
     pub(crate) fn keep_anchor(&mut self, id: GroupId) {
+        self.keep_watching();
         if self.engine != Engine::Ebpf || self.takes_datagrams(id) {
-            return self.watch_datagrams();
+            return;
         }
         let choosable: Vec<ListenerId> =
             self.choosable(id).into_iter().filter(|listener| self.is_its_own(*listener)).collect();
@@ -212,15 +214,12 @@ impl Master {
                     group.anchoring = candidate;
                     self.push(Command::Anchor { listener });
                     // It may fail.
-                    self.timers.arm_by(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
+                    self.timers.arm_by(Timer::Watch, self.now.after(WATCH_PERIOD));
                 }
                 return;
             }
         }
         let anchor = group.anchor;
-        if !self.timers.is_armed(Timer::Anchors) {
-            self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
-        }
         let serves = |l: &Listener| {
             self.workers.get(&l.worker).is_some_and(|worker| worker.state == WorkerState::Serving)
         };
@@ -312,32 +311,6 @@ impl Master {
     fn forget_anchoring(&mut self, id: ListenerId) {
         for group in self.groups.values_mut().filter(|group| group.anchoring == Some(id)) {
             group.anchoring = None;
-        }
-    }
-
-    /// A worker that closes its listener unasked leaves an anchor nobody accepts from: seen within a second.
-    pub(crate) fn look_at_anchors(&mut self) {
-        for (listener, worker) in self.datagrams_to_watch() {
-            self.push(Command::Owns { listener, worker });
-        }
-        let groups: Vec<(GroupId, Option<ListenerId>)> =
-            self.groups.iter().map(|(id, g)| (*id, g.anchor)).collect();
-        for (group, anchor) in groups {
-            let held = anchor.and_then(|anchor| Some((anchor, self.listeners.get(&anchor)?)));
-            match held.filter(|(_, l)| l.handle && !l.leaving).map(|(anchor, l)| (anchor, l.worker)) {
-                Some((listener, worker)) => self.push(Command::Owns { listener, worker }),
-                None => self.keep_anchor(group),
-            }
-        }
-        if self.groups.values().any(|group| group.anchor.is_some()) {
-            self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
-        }
-        self.watch_datagrams();
-    }
-
-    fn watch_datagrams(&mut self) {
-        if !self.timers.is_armed(Timer::Anchors) && !self.datagrams_to_watch().is_empty() {
-            self.timers.arm(Timer::Anchors, self.now.after(ANCHOR_PERIOD));
         }
     }
 }

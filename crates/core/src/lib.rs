@@ -46,6 +46,7 @@ mod stop;
 mod supervise;
 mod timers;
 mod trial;
+mod watch;
 mod watchdog;
 mod worker;
 

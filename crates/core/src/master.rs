@@ -93,9 +93,6 @@ pub struct Master {
     pub(crate) commands: VecDeque<Command>,
 }
 
-/// How often it is checked that anchored workers still own their listeners.
-pub(crate) const ANCHOR_PERIOD: Duration = Duration::from_secs(1);
-
 impl Master {
     /// A master without any generation. The first one comes with an [`Event::Upgrade`].
     #[must_use]
@@ -221,7 +218,7 @@ impl Master {
                 Timer::Retire(retirement) => self.look_at_retirement(retirement),
                 Timer::Group(group) => self.retry_group(group),
                 Timer::Settle(group) => self.look_at_handshakes(group),
-                Timer::Anchors => self.look_at_anchors(),
+                Timer::Watch => self.watch(),
                 Timer::Watchdog(worker) => self.on_silence(worker),
                 Timer::Beat => self.beat(),
                 Timer::Preflight => self.on_preflight_timeout(),

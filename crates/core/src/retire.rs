@@ -357,6 +357,8 @@ impl Master {
                 listener.by_shutdown = true;
                 self.report(Report::ListenerLost(id));
                 self.mark_stale(group);
+                // Whether it was closed or shut down.
+                self.observe(group);
                 if state == WorkerState::Serving {
                     self.replace_deserter(worker, group);
                 }

@@ -299,6 +299,8 @@ impl Master {
         }
         for (listener, record) in self.listeners.iter_mut().filter(|(_, l)| l.group == id && l.listens) {
             record.gone = !view.members.iter().any(|member| member.listener == Some(*listener));
+            // A worker shut down the socket of its seat: the next one gets another.
+            record.leaving |= record.gone && record.of_seat;
         }
         if !is_sure && self.engine == Engine::Cbpf {
             self.report(Report::SlotsUnsure(id));

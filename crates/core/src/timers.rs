@@ -26,8 +26,8 @@ pub(crate) enum Timer {
     Group(GroupId),
     /// `cbpf`: look again which handshakes of the group are half open.
     Settle(GroupId),
-    /// Look whether the anchored workers still own their listeners.
-    Anchors,
+    /// Look whether workers still have their listeners.
+    Watch,
     /// The worker must have given a sign of life by then.
     Watchdog(WorkerId),
     /// The service manager is given a sign of life.

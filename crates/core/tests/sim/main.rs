@@ -200,8 +200,11 @@ impl World {
         let mut serving = 0;
         for (id, worker) in &self.workers {
             let hangs = worker.mute.is_some() && self.plans[&worker.generation].watchdog.is_some();
+            // Without steering nobody asks whether it still listens; nor is it known what an orphan listened on.
+            let is_unasked = worker.orphan || self.engine == Engine::None;
+            let accepts = !hangs && (!worker.deserted || is_unasked);
             let serves =
-                worker.runs && !hangs && worker.generation == active && self.oracle.protocol.is_serving(*id);
+                worker.runs && accepts && worker.generation == active && self.oracle.protocol.is_serving(*id);
             serving += u32::from(serves);
             if !serves && (worker.runs || worker.child || !worker.reaped) {
                 return Some(format!("{id:?} lives: {worker:?}"));
