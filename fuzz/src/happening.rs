@@ -151,10 +151,16 @@ pub(crate) fn event(of: &mut Unstructured<'_>, engine: Engine, last: &mut u32) -
 }
 
 fn wish(of: &mut Unstructured<'_>, engine: Engine, last: &mut u32) -> Result<Event> {
-    Ok(match of.int_in_range(0..=14)? {
+    Ok(match of.int_in_range(0..=15)? {
         0 => {
-            let triggers =
-                [Trigger::Start, Trigger::Signal, Trigger::Command, Trigger::Rollback, Trigger::Orphans];
+            let triggers = [
+                Trigger::Start,
+                Trigger::Signal,
+                Trigger::Command,
+                Trigger::Rollback,
+                Trigger::Orphans,
+                Trigger::Takeover,
+            ];
             Event::Upgrade { plan: plan(of, engine)?, trigger: *of.choose(&triggers)?, by: caller(of)? }
         }
         1 => Event::TakeBack { by: ticket(of)? },
@@ -182,6 +188,11 @@ fn wish(of: &mut Unstructured<'_>, engine: Engine, last: &mut u32) -> Result<Eve
             let generation = Generation(of.int_in_range(0..=5)?);
             let slots = vec![(group(of)?, vec![of.int_in_range(0..=9)?, of.int_in_range(0..=9)?])];
             Event::Orphans { generation, plan, workers, slots }
+        }
+        14 => {
+            let server = WorkerId(of.int_in_range(1..=3)?);
+            let plan = Plan { workers: 1, configured: 1, ..plan(of, engine)? };
+            Event::Foreign { plan, server, listeners: found_listeners(of, last)? }
         }
         _ => Event::Deadline,
     })
