@@ -199,7 +199,9 @@ impl World {
         let seats = u32::from(self.oracle.protocol.scaling.wanted());
         let mut serving = 0;
         for (id, worker) in &self.workers {
-            let hangs = worker.mute.is_some() && self.plans[&worker.generation].watchdog.is_some();
+            // The generation of one that the next master never knew may be unknown, too.
+            let has_watchdog = self.plans.get(&worker.generation).is_some_and(|plan| plan.watchdog.is_some());
+            let hangs = worker.mute.is_some() && has_watchdog;
             // Without steering nobody asks whether it still listens; nor is it known what an orphan listened on.
             let is_unasked = worker.orphan || self.engine == Engine::None;
             let accepts = !hangs && (!worker.deserted || is_unasked);

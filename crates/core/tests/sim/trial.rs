@@ -31,7 +31,8 @@ impl Trials {
         let mut share = 0;
         while rng.permille(400) && share < 900 {
             share += rng.between(1, 400);
-            let hold = Duration::from_millis(rng.below(2500));
+            // No time at all is refused when the config is read.
+            let hold = Duration::from_millis(rng.below(2500).max(1));
             canary.push(CanaryStep { share: u16::try_from(share.min(1000)).unwrap_or(1), hold });
         }
         let bake = Duration::from_millis(if rng.permille(400) { rng.below(2000) } else { 0 });
