@@ -83,6 +83,7 @@ impl World {
         let held = self.kernel.sockets.iter().filter(|(_, s)| s.holders.contains(&Holder::Master));
         let unsaved: Vec<ListenerId> = held.map(|(id, _)| *id).filter(|id| !handles.contains(id)).collect();
         for listener in unsaved {
+            self.oracle.unsaved.insert(listener);
             self.kernel.lose(listener, Holder::Master, &mut self.rng);
         }
         self.listened = self.kernel.groups.values().flat_map(|group| group.slots.iter().copied()).collect();

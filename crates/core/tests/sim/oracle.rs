@@ -6,7 +6,8 @@ use crate::protocol::Protocol;
 use crate::strays::Picked;
 use crate::workers::Worker;
 use reuseportd_core::{
-    Command, Engine, Event, Found, Generation, GroupId, ListenerId, Plan, Report, Time, Trigger, WorkerId,
+    Command, Engine, Event, Found, Generation, GroupId, ListenerId, Plan, Report, Seat, Time, Trigger,
+    WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -43,6 +44,8 @@ pub(crate) struct Oracle {
     pub(crate) refusing: BTreeSet<GroupId>,
     /// No master holds them: where the kernel does not move what waits there, it goes with the last process.
     pub(crate) doomed: BTreeSet<ListenerId>,
+    /// Handles that went with a master that was killed, before any other could know of them.
+    pub(crate) unsaved: BTreeSet<ListenerId>,
     /// Handles that came too late, and go back at once.
     pub(crate) unwanted: BTreeSet<ListenerId>,
     pub(crate) datagrams: Datagrams,
@@ -87,6 +90,7 @@ impl Oracle {
             tally: Tally::default(),
             refusing: BTreeSet::new(),
             doomed: BTreeSet::new(),
+            unsaved: BTreeSet::new(),
             unwanted: BTreeSet::new(),
             datagrams: Datagrams::default(),
             deadline_handled: false,
@@ -339,7 +343,12 @@ impl Oracle {
             self.tally.excused += 1;
             return;
         }
-        if let Some(seat) = socket.seat.filter(|seat| kernel.is_latest(loss.listener, *seat)) {
+        // A seat may have been removed, and be back without a socket so far; and one that a master had just made is unknown
+        // to the next.
+        let is_nobodys =
+            self.protocol.abandoned.contains(&loss.listener) || self.unsaved.contains(&loss.listener);
+        let is_its = |seat: &Seat| !is_nobodys && kernel.is_latest(loss.listener, *seat);
+        if let Some(seat) = socket.seat.filter(is_its) {
             assert!(!self.protocol.keeps(socket.group, seat), "{loss:?} from {seat:?}: {socket:?}");
         }
         if client.excused || self.protocol.is_stopping() || self.engine == Engine::None {
