@@ -38,6 +38,11 @@ impl Master {
         for id in lost {
             self.handle_lost(*id);
         }
+        match self.engine {
+            Engine::Ebpf => self.admit_again(),
+            Engine::Cbpf => self.note_joined(),
+            Engine::None => {}
+        }
         self.check_again();
         // What is known is kept.
         self.on_saved();

@@ -132,6 +132,22 @@ impl Master {
         self.push(Command::Admit { listener: id, key });
     }
 
+    /// A master that was killed may have taken out of the array what is under a key as far as is known: all that is to be
+    /// chosen is put there once more.
+    pub(crate) fn admit_again(&mut self) {
+        for (id, group) in &mut self.groups {
+            let serves = |l: &Listener| {
+                self.workers.get(&l.worker).is_some_and(|worker| worker.state == WorkerState::Serving)
+            };
+            let is_its = |l: &Listener| l.group == *id && l.handle && !l.leaving && serves(l);
+            for (listener, l) in self.listeners.iter().filter(|(_, l)| is_its(l)) {
+                let Some(key) = l.key else { continue };
+                group.admitting += 1;
+                self.commands.push_back(Command::Admit { listener: *listener, key });
+            }
+        }
+    }
+
     /// A master that was killed had let go of its handle, and that it was under a key is not known: it is taken again, to be
     /// admitted by it.
     fn reach(&mut self, id: ListenerId) {

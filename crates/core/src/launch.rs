@@ -136,7 +136,8 @@ impl Master {
                     && self.groups.values().all(Group::is_told)
                     && self.begin_joining(to)
             }
-            UpgradeStep::Joining => self.has_joined(to) && self.begin_steering(to),
+            // Whoever may be chosen is to be retired, if it fails, by the next master, too.
+            UpgradeStep::Joining => !self.saving && self.has_joined(to) && self.begin_steering(to),
             UpgradeStep::Steering(goal, _) => {
                 self.is_steered()
                     && match goal {
@@ -164,6 +165,7 @@ impl Master {
                 self.join(worker, false);
             }
         }
+        self.save();
         true
     }
 

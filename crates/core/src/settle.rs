@@ -7,6 +7,7 @@ use crate::master::Master;
 use crate::plan::Engine;
 use crate::retire::SNAPSHOT_AFTER;
 use crate::timers::Timer;
+use crate::worker::WorkerState;
 use core::time::Duration;
 
 impl Master {
@@ -23,6 +24,18 @@ impl Master {
     pub(crate) fn note_exposed(&mut self, id: GroupId) {
         for listener in self.listeners.values_mut().filter(|l| l.group == id && l.listens) {
             listener.settling = Settling::Chosen;
+        }
+    }
+
+    /// A master that was killed may have steered to whoever was ready, as far as is known.
+    pub(crate) fn note_joined(&mut self) {
+        for listener in self.listeners.values_mut().filter(|listener| listener.handle) {
+            let state = self.workers.get(&listener.worker).map(|worker| worker.state);
+            let may_be_chosen =
+                [WorkerState::Ready, WorkerState::Joining { unproven: false }, WorkerState::Serving];
+            if state.is_some_and(|state| may_be_chosen.contains(&state)) {
+                listener.settling = Settling::Chosen;
+            }
         }
     }
 

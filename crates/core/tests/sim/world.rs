@@ -395,7 +395,10 @@ impl World {
                 self.answer(Event::Found { worker, found });
             }
             Command::Listen { listener } => {
-                let result = self.fault(10).and_then(|()| self.kernel.listen(listener));
+                // To listen once more can't fail.
+                let is_new = self.kernel.sockets[&listener].stage == Stage::Bound;
+                let fault = self.fault(if is_new { 10 } else { 0 });
+                let result = fault.and_then(|()| self.kernel.listen(listener));
                 self.answer(Event::Listening { listener, result });
             }
             Command::Admit { listener, key } => {
