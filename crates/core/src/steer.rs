@@ -79,8 +79,8 @@ impl Master {
                 group.is_stale = false;
                 match self.engine {
                     Engine::Ebpf => self.steer_keys(id),
-                    // Who has which slot is looked up afterwards.
-                    Engine::Cbpf if self.is_steering_back() => self.steer_slots(id),
+                    // Who has which slot is looked up afterwards, unless that of somebody who serves is not known at all.
+                    Engine::Cbpf if self.is_steering_back() && self.knows_slots(id) => self.steer_slots(id),
                     Engine::Cbpf => self.survey(id, After::Steer),
                     Engine::None => self.let_go(id),
                 }
@@ -136,6 +136,13 @@ impl Master {
             is_its && is_there && l.settling != Settling::Settled
         };
         self.listeners.iter().filter(|(_, l)| is_held(l)).map(|(id, _)| *id).collect()
+    }
+
+    fn knows_slots(&self, id: GroupId) -> bool {
+        let has_slot = |listener: &ListenerId| {
+            self.groups.get(&id).is_some_and(|group| group.slots.of(*listener).is_some())
+        };
+        self.choosable(id).iter().all(has_slot)
     }
 
     pub(crate) fn work(&mut self, id: GroupId, work: Work) {

@@ -143,7 +143,13 @@ impl Protocol {
                 .iter()
                 .any(|(id, life)| sits(life) && self.is_serving(*id) && works(id) && !life.replaced)
         };
-        let new = (0..rolled).filter(|seat| !is_filled(to, *seat)).count();
+        // An old worker was back, and had its part again, but ended.
+        let is_lost = |seat: u16| {
+            let had_part = |life: &Life| life.generation == from && life.seat == Seat(seat) && life.ready;
+            let was_back = self.lives.values().any(|life| had_part(life) && !life.given_up);
+            was_back && !is_filled(from, seat)
+        };
+        let new = (0..rolled).filter(|seat| !is_filled(to, *seat) || is_lost(*seat)).count();
         let old = self.plans[&from].workers;
         new + (rolled.min(old - 1)..old).filter(|seat| !is_filled(from, *seat)).count()
     }
