@@ -35,6 +35,8 @@ impl Master {
             (group.admitting, group.reaching) = (0, BTreeSet::new());
             self.timers.disarm(Timer::Group(*id));
         }
+        // Before anything can end it.
+        self.check_again();
         for id in lost {
             self.handle_lost(*id);
         }
@@ -43,7 +45,6 @@ impl Master {
             Engine::Cbpf => self.note_joined(),
             Engine::None => {}
         }
-        self.check_again();
         // What is known is kept.
         self.on_saved();
         let workers: Vec<WorkerId> = self.workers.keys().copied().collect();
