@@ -145,7 +145,8 @@ impl Oracle {
             life.ready && !life.replaced && life.stopped.is_none() && life.exited.is_none()
         });
         let is_late = life.is_none_or(|life| now >= self.flows_until(life));
-        !is_idle && reads && serves && !is_late && !self.protocol.is_stopping()
+        let ends = self.protocol.is_stopping() || self.protocol.first_failed;
+        !is_idle && reads && serves && !is_late && !ends
     }
 
     /// Until then at least flows stay with a worker on its way out.
