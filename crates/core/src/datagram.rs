@@ -1,7 +1,7 @@
 //! Sockets that take datagrams. They are in their group from `bind()` on, nobody takes over what waits in one that closes,
 //! and where flows are kept, a worker on its way out is left alone until its own have ended.
 
-use crate::command::{Command, Report};
+use crate::command::Report;
 use crate::event::Depth;
 use crate::generation::{RetireStep, Retirement};
 use crate::group::Listener;
@@ -118,10 +118,8 @@ impl Master {
     fn end_flows_of(&mut self, id: ListenerId) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         listener.flows_ended = Some(self.now);
-        let (group, key) = (listener.group, listener.key.take());
-        if let Some(key) = key {
-            self.push(Command::Evict { group, key });
-        }
+        let group = listener.group;
+        self.evict(id);
         self.outdate_looks(group);
     }
 

@@ -120,9 +120,6 @@ impl Master {
         };
         // A respawn with more listeners than its seat has keys keeps the surplus unchosen, which loses nothing.
         let Some(key) = of_seat.find(is_free) else { return };
-        for other in self.listeners.values_mut().filter(|l| l.group == group && l.key == Some(key)) {
-            other.key = None;
-        }
         if let Some(listener) = self.listeners.get_mut(&id) {
             listener.key = Some(key);
         }
@@ -190,10 +187,15 @@ impl Master {
         let dead = |l: &Listener| l.group == id && (l.leaving || !self.is_accepted_from(l) || is_away(l));
         let dead: Vec<ListenerId> =
             self.listeners.iter().filter(|(_, l)| dead(l)).map(|(id, _)| *id).collect();
-        for listener in dead {
-            if let Some(key) = self.listeners.get_mut(&listener).and_then(|listener| listener.key.take()) {
-                self.push(Command::Evict { group: id, key });
-            }
+        dead.into_iter().for_each(|listener| self.evict(listener));
+    }
+
+    /// Takes a listener out of the array, unless another is on its way to its key.
+    pub(crate) fn evict(&mut self, id: ListenerId) {
+        let Some(listener) = self.listeners.get_mut(&id) else { return };
+        let (group, Some(key)) = (listener.group, listener.key.take()) else { return };
+        if !self.listeners.values().any(|l| l.group == group && l.key == Some(key)) {
+            self.push(Command::Evict { group, key });
         }
     }
 
@@ -275,10 +277,14 @@ impl Master {
 
     pub(crate) fn on_admitted(&mut self, id: ListenerId, result: Result<(), i32>) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
-        if result.is_err() {
-            listener.key = None;
-        }
         let group = listener.group;
+        let key = match result {
+            Ok(()) => listener.key,
+            Err(_) => listener.key.take().and(None),
+        };
+        // Only now the dead predecessor's is its own no more.
+        let others = self.listeners.iter_mut().filter(|(other, l)| **other != id && l.group == group);
+        others.filter(|(_, l)| key.is_some() && l.key == key).for_each(|(_, l)| l.key = None);
         self.admitted(group, result);
     }
 
