@@ -17,7 +17,11 @@ impl World {
         self.upkeep.tally.orphaned += 1;
         // With its last listener a group's program goes.
         self.oracle.refusing.extend((0..self.groups).map(GroupId));
-        // With its last process, what waits in a socket goes, too.
+        self.doom_all();
+    }
+
+    /// With its last process, what waits in a socket goes, too.
+    fn doom_all(&mut self) {
         self.oracle.doomed.extend(self.kernel.sockets.keys());
     }
 
@@ -26,6 +30,8 @@ impl World {
         self.trace(format_args!("-- the next master finds orphans"));
         self.dead = false;
         self.kernel.is_adopted = true;
+        // Some were made while nobody was there.
+        self.doom_all();
         self.drop_messages();
         let all: Vec<WorkerId> = self.workers.keys().copied().filter(|id| id.0 < FORGOTTEN).collect();
         for id in all {

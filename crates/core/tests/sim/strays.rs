@@ -114,7 +114,10 @@ impl Oracle {
         let joins_early = !owner.temper.handover || !self.protocol.is_ready(id);
         let joins_by_itself = (joins_early || kernel.takes_datagrams(group)) && socket.seat.is_none();
         let is_old_program = self.protocol.steer_failed(group) && joins_by_itself;
-        if self.disturbed.contains_key(&group) || is_old_program || has_several {
+        // A socket that takes datagrams can't be shut down: it keeps its slot while any process has it.
+        let is_left = self.protocol.has_left(id) && !socket.is_owned_by(id);
+        let is_stuck = kernel.takes_datagrams(group) && is_open && is_left;
+        if self.disturbed.contains_key(&group) || is_old_program || has_several || is_stuck {
             return Stray::Excused;
         }
         // By processor one may have several places.
