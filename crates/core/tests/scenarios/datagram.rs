@@ -386,3 +386,12 @@ fn each_processor_has_its_seat_and_that_of_a_dead_worker_is_served_by_another() 
     };
     assert_eq!(shell.said.iter().find_map(steps), Some((3, 1)));
 }
+
+#[test]
+fn a_worker_whose_socket_nobody_holds_any_more_is_replaced() {
+    for engine in BOTH {
+        let mut shell = unaware(engine, &taking_datagrams(2));
+        shell.is_succeeded(&[1]);
+        assert!(shell.has_said(&signal(1, Signal::Stop)) && !shell.has_said(&signal(2, Signal::Stop)));
+    }
+}

@@ -375,3 +375,36 @@ fn a_stop_that_was_kept_goes_on() {
     shell.tell(Event::Exited { worker: WorkerId(1), how: Exit::Unknown, remains: false });
     assert!(shell.has_said(&Command::Exit { code: 0 }));
 }
+
+#[test]
+fn the_next_master_does_not_wait_for_keys_that_nobody_confirms() {
+    let mut shell = Shell::serving(Engine::Ebpf, 1);
+    shell.is_unanswered = |command| matches!(command, Command::Admit { .. });
+    shell.upgrade(1, Trigger::Signal);
+    shell.ready(2);
+    shell.pass(SECOND);
+    assert_eq!(shell.master.status().active, Some(Generation(1)));
+    shell.is_unanswered = |_| false;
+    shell.is_succeeded(&[]);
+    assert_eq!(shell.master.status().active, Some(Generation(2)));
+}
+
+#[test]
+fn the_next_master_does_not_wait_for_counts_of_the_one_before() {
+    let mut shell = Shell::new(Engine::Ebpf);
+    shell.takes_datagrams = true;
+    let plan = Plan { datagram_groups: vec![GROUP], ..Shell::plan(1) };
+    shell.launch(plan.clone(), Trigger::Start);
+    shell.ready(1);
+    shell.is_unanswered = |command| matches!(command, Command::Discard { .. });
+    shell.launch(plan, Trigger::Signal);
+    shell.ready(2);
+    shell.pass(SECOND);
+    shell.drains(1);
+    shell.exits(1, Exit::Code(0));
+    let gone = Command::Report(Report::Drained(Generation(1)));
+    assert!(!shell.has_said(&gone));
+    shell.is_succeeded(&[]);
+    shell.pass(SECOND);
+    assert!(shell.has_said(&gone));
+}

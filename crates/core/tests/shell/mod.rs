@@ -37,6 +37,8 @@ pub(crate) struct Shell {
     pub(crate) answers: bool,
     /// `Save` is answered at once.
     pub(crate) keeps: bool,
+    /// The master is killed before the answer to these.
+    pub(crate) is_unanswered: fn(&Command) -> bool,
     /// Some process holds each socket for ever.
     pub(crate) is_kept: bool,
     /// The sockets of workers do: they are in the group from `bind()` on.
@@ -63,6 +65,7 @@ impl Shell {
             anchors: Ok(()),
             answers: true,
             keeps: true,
+            is_unanswered: |_| false,
             is_kept: false,
             takes_datagrams: false,
             members: Vec::new(),
@@ -192,6 +195,9 @@ impl Shell {
     }
 
     fn answer(&mut self, command: &Command) -> Option<Event> {
+        if (self.is_unanswered)(command) {
+            return None;
+        }
         Some(match *command {
             Command::Spawn { worker, .. } => Event::Spawned { worker },
             Command::Find { worker } => {
