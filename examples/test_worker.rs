@@ -4,6 +4,9 @@
 //! and closes it. The accept loop can be made slow, so that queues build up and a listener that is closed
 //! too early loses connections for all to see.
 //!
+//! A line `close` or `shutdown` makes it do that to its listeners after the answer, and live on (`close` not in mode sdk
+//! without `--ignore-stop`); with `--inline` at once, else when the next connection comes.
+//!
 //! Of UDP it answers each datagram with `GENERATION SEAT PID ` and the datagram. One that is `crash` ends it with
 //! `--code`, `close` closes the socket it came to and leaves the worker alive (not in mode sdk without `--ignore-stop`), `stuck` is
 //! never answered, nor anything after it.
@@ -13,9 +16,9 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::error::Error;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process;
@@ -151,6 +154,9 @@ nix::setsockopt_impl!(
 /// SIGUSR1 came: the accept loop that takes the next connection is stuck with it.
 static STUCK: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
+/// The line `close` came.
+static CLOSES: AtomicBool = AtomicBool::new(false);
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut options = Options::parse();
     let seat = env::var(variables::SEAT).ok().and_then(|seat| seat.parse::<u32>().ok());
@@ -251,7 +257,7 @@ fn serve_until(options: &Options, sockets: Vec<Socket>, stopped: Option<&OwnedFd
         let serve = |socket: Socket| {
             threads.spawn(move || match is_datagram(&socket)? {
                 true => datagrams::receive_until(options, socket.into(), stopped, clients, threads),
-                false => accept_until(options, &socket.into(), stopped, threads),
+                false => accept_until(options, socket.into(), stopped, threads),
             })
         };
         let loops: Vec<_> = sockets.into_iter().map(serve).collect();
@@ -279,18 +285,29 @@ fn passed() -> io::Result<BTreeMap<String, Socket>> {
 /// Returns, and so closes the listener with whatever waits in its queue, when `stopped` can be read.
 fn accept_until<'scope>(
     options: &'scope Options,
-    listener: &TcpListener,
+    listener: TcpListener,
     stopped: Option<&OwnedFd>,
     connections: &'scope Scope<'scope, '_>,
 ) -> io::Result<()> {
-    until(listener, stopped, || match listener.accept() {
+    let ended = until(&listener, stopped, || match listener.accept() {
         Ok((stream, _)) => {
             serve(options, stream, connections);
-            Ok(())
+            if CLOSES.load(Ordering::Relaxed) { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        // By the line `shutdown`: nothing can be accepted any more.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            CLOSES.store(true, Ordering::Relaxed);
+            Err(error)
+        }
         Err(error) => Err(error),
-    })
+    });
+    if CLOSES.load(Ordering::Relaxed) {
+        drop(listener);
+        let Some(stopped) = stopped else { never() };
+        return until(stopped, None, || Err(io::ErrorKind::BrokenPipe.into())).or(Ok(()));
+    }
+    ended
 }
 
 /// Acts when the socket can be read, until `stopped` can be.
@@ -387,6 +404,11 @@ fn try_answer(options: &Options, stream: TcpStream) -> io::Result<()> {
     }
     note(options, &stream, line.trim_end());
     let is_http = line.contains(" HTTP/");
+    match line.trim_end() {
+        "close" => CLOSES.store(true, Ordering::Relaxed),
+        "shutdown" => shut_down_listeners()?,
+        _ => {}
+    }
     let status = if line.starts_with("GET /healthz") { health(options) } else { 200 };
     while is_http && !line.trim_end().is_empty() {
         line.clear();
@@ -396,6 +418,21 @@ fn try_answer(options: &Options, stream: TcpStream) -> io::Result<()> {
     let length = body.len();
     let head = format!("HTTP/1.0 {status} So\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
     (&stream).write_all((head + &body).as_bytes())
+}
+
+/// By another descriptor of the same sockets.
+fn shut_down_listeners() -> io::Result<()> {
+    let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_string_lossy().parse::<i32>().map_err(io::Error::other)?;
+        let Ok(socket) = pidfd_getfd(&own, number, PidfdGetfdFlags::empty()).map(Socket::from) else {
+            continue;
+        };
+        if socket.is_listener().unwrap_or(false) {
+            socket.shutdown(Shutdown::Read)?;
+        }
+    }
+    Ok(())
 }
 
 /// The status of the next answer about this worker's health.

@@ -13,6 +13,7 @@ use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::thread::CapabilitySet;
 use socket2::{Domain, Socket, Type};
 
+use crate::client::text::escape_lines;
 use crate::config::{self, Config, Entry};
 use crate::{client, force, unix_file};
 
@@ -45,10 +46,10 @@ pub(crate) fn run(path: &Path) -> ExitCode {
     check_limits(&config, &mut findings);
     check_control(&config.control.socket, &mut findings);
     for warning in &findings.warnings {
-        eprintln!("warning: {warning}");
+        eprintln!("warning: {}", escape_lines(warning));
     }
     for error in &findings.errors {
-        eprintln!("error: {error}");
+        eprintln!("error: {}", escape_lines(error));
     }
     if !findings.errors.is_empty() {
         return ExitCode::FAILURE;
@@ -241,5 +242,5 @@ fn summary(path: &Path, config: &Config, programs: &Programs) -> String {
         let _ = writeln!(text, "  listen   {} {} ({how})", entry.name(), entry.address());
     }
     let _ = writeln!(text, "  control  {}", config.control.socket.display());
-    text
+    escape_lines(&text) + "\n"
 }

@@ -62,19 +62,20 @@ fn followed(master: &mut Master, load: &Load) {
     assert_eq!(master.serving(), workers, "{}", master.log());
 }
 
+/// Whether a generation's four workers are there, and in the journal.
+pub(crate) fn launched_is_kept(world: &World, status: &Status, generation: u32) -> bool {
+    let launched = status.generations.iter().filter(|one| one.generation == generation);
+    let pids: Vec<u32> = launched.flat_map(|one| &one.workers).filter_map(|worker| worker.pid).collect();
+    let journal: serde_json::Value = serde_json::from_str(&world.read("run/control.sock.journal")).unwrap();
+    let kept = |pid: &u32| journal["workers"].as_array().unwrap().iter().any(|worker| worker["pid"] == *pid);
+    pids.len() == 4 && pids.iter().all(kept)
+}
+
 /// The master is killed when an upgrade to this generation has come so far, and the journal knows it; what the client that
 /// waits is told.
 fn killed_while(world: &World, master: &mut Master, generation: u32, state: MasterState) -> Done {
     let client = master.begin("upgrade --wait=drained");
-    let is_kept = |status: &Status| {
-        let launched = status.generations.iter().filter(|one| one.generation == generation);
-        let pids: Vec<u32> = launched.flat_map(|one| &one.workers).filter_map(|worker| worker.pid).collect();
-        let journal: serde_json::Value =
-            serde_json::from_str(&world.read("run/control.sock.journal")).unwrap();
-        let kept =
-            |pid: &u32| journal["workers"].as_array().unwrap().iter().any(|worker| worker["pid"] == *pid);
-        pids.len() == 4 && pids.iter().all(kept)
-    };
+    let is_kept = |status: &Status| launched_is_kept(world, status, generation);
     master.wait_status("so far", |status| status.state == state && is_kept(status));
     // The keeper is told right after the journal was written, before anybody is answered.
     master.status();

@@ -4,11 +4,16 @@
 //! says something else; numbers apart, which differ from run to run. With `REUSEPORTD_TEST_WRITE=1` it writes its row
 //! into that file instead.
 
+mod batches;
+mod deployments;
 mod descriptors;
 mod files;
+mod phases;
 mod ports;
 mod processes;
+mod programs;
 mod requests;
+mod steering;
 mod table;
 
 use reuseportd_bench::{Report, Spec};

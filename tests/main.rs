@@ -37,6 +37,7 @@ mod rolling;
 mod scale;
 mod sdk;
 mod seats;
+mod security;
 mod server_starter;
 mod socket_activation;
 mod sockets;

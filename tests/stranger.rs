@@ -11,7 +11,7 @@ use crate::support::master::Master;
 use crate::support::world::{World, needs_of, world};
 
 /// A listener on the service's address that nobody ever accepts from.
-fn stranger(world: &World) -> TcpListener {
+pub(crate) fn stranger(world: &World) -> TcpListener {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
     socket.set_reuse_port(true).unwrap();

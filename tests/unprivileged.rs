@@ -15,10 +15,10 @@ use crate::support::rounds;
 use crate::support::world::{Need, World, example, world};
 
 /// Not root, and nobody else here; the next one neither.
-const UID: u32 = 61_234;
+pub(crate) const UID: u32 = 61_234;
 
 /// The program and the difficult worker where every user may run them, in a directory that is theirs.
-fn installed(world: &World) -> (PathBuf, String) {
+pub(crate) fn installed(world: &World) -> (PathBuf, String) {
     let copy = |from: &Path, name: &str| {
         let to = world.path(name);
         fs::copy(from, &to).unwrap();

@@ -18,7 +18,7 @@ use crate::support::world::{Need, World, example, needs_of, world};
 /// What is written as "3s" below: half of it is enough for a sign of life to be late by on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
-fn restarts(status: &Status) -> u32 {
+pub(crate) fn restarts(status: &Status) -> u32 {
     status.generations.iter().flat_map(|one| &one.workers).map(|worker| worker.restarts).sum()
 }
 

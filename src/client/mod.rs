@@ -27,7 +27,7 @@ use reuseportd_wire::status::{Outcome, Status};
 use self::connection::{Connection, Patience};
 use self::error::ClientError;
 use self::progress::Progress;
-use self::text::Paint;
+use self::text::{Paint, escape_json, escape_lines};
 use crate::cli::{Master, Stay, WaitFor};
 
 /// `status [--json]`.
@@ -87,7 +87,11 @@ fn run(master: &Master, ask: impl FnOnce(&Path) -> Result<(), ClientError>) -> E
     let done = master.socket().map_err(ClientError::from).and_then(|socket| ask(&socket));
     let Err(error) = done else { return ExitCode::SUCCESS };
     // Without a stderr the exit code still tells.
-    let text = error.to_string();
+    let text = match &error {
+        // In colours of its own, perhaps.
+        ClientError::Config(errors) => errors.to_string(),
+        error => escape_lines(&error.to_string()),
+    };
     // What is wrong with a config brings its own heading, from here and from the master.
     let heading = if text.starts_with("error:") { "" } else { "error: " };
     let _ = writeln!(stderr(), "{heading}{text}");
@@ -261,7 +265,8 @@ fn ask_stop(socket: &Path, wait: bool, patience: Patience, out: &mut impl Write)
 }
 
 fn as_json<T: serde::Serialize>(value: &T) -> Result<String, ClientError> {
-    encode(value).map_err(|error| ClientError::Output(std::io::Error::other(error)))
+    let text = encode(value).map_err(|error| ClientError::Output(std::io::Error::other(error)))?;
+    Ok(escape_json(&text))
 }
 
 /// Colour where a person looks and has not asked for none (no-color.org).

@@ -144,6 +144,20 @@ pub(crate) fn escape_lines(text: &str) -> String {
     text.lines().map(escape).collect::<Vec<_>>().join("\n")
 }
 
+/// JSON on one line, with what control characters it may hold unescaped (DEL and C1) escaped too.
+pub(crate) fn escape_json(line: &str) -> String {
+    let mut text = String::with_capacity(line.len());
+    for c in line.chars() {
+        if c.is_control() && c != '\n' {
+            // Writing to a String can't fail.
+            let _ = write!(text, "\\u{:04x}", u32::from(c));
+        } else {
+            text.push(c);
+        }
+    }
+    text
+}
+
 /// Words in lines of at most [`COLUMNS`], each line after `indent` spaces; line breaks of the text stay.
 pub(crate) fn wrap(text: &str, indent: usize) -> String {
     let mut lines = String::new();

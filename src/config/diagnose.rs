@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
 use super::problems::{Problem, Problems};
+use crate::client::text::escape;
 
 /// Shown at most; garbage has an error in every line, and nobody reads the hundredth.
 const SHOWN_MAX: usize = 20;
@@ -28,7 +29,7 @@ impl ConfigErrors {
 
     /// The first finding and how many more there are, in one line.
     pub(crate) fn summary(&self) -> String {
-        let path = self.path.display();
+        let path = escape(&self.path.to_string_lossy());
         let Some(first) = self.problems.first() else { return format!("{path}: refused") };
         let place = first.span.as_ref().map(|span| {
             let (line, column) = line_column(&self.text, span.start);
@@ -42,7 +43,7 @@ impl ConfigErrors {
     }
 
     fn render(&self, renderer: &Renderer) -> String {
-        let (path, text) = (self.path.display().to_string(), harmless(&self.text));
+        let (path, text) = (escape(&self.path.to_string_lossy()), harmless(&self.text));
         let reports = self.problems.iter().take(SHOWN_MAX).map(|problem| {
             let group = Level::ERROR.primary_title(harmless(&title(problem)));
             let mut group = match &problem.span {

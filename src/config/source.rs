@@ -8,7 +8,7 @@ use std::path::Path;
 use super::diagnose::ConfigErrors;
 use super::problems::{FILE_START, Problems};
 
-/// Nobody writes a config file larger than this; a path to something else is the likelier story.
+/// Nobody writes a config or environment file larger than this; a path to something else is the likelier story.
 const BYTES_MAX: u64 = 1 << 20;
 
 /// Reads the whole file.
@@ -22,9 +22,6 @@ pub(super) fn read(path: &Path) -> Result<String, ConfigErrors> {
         Ok(bytes) => bytes,
         Err(error) => return refuse("", None, &format!("cannot read the file: {error}"), remedy(&error)),
     };
-    if bytes.len() as u64 > BYTES_MAX {
-        return refuse("", None, "larger than 1 MiB", "is this the config file? its path follows --config");
-    }
     match String::from_utf8(bytes) {
         Ok(text) if text.trim().is_empty() => refuse("", Some(FILE_START), "the file is empty", SMALLEST),
         Ok(text) => Ok(text),
@@ -39,7 +36,7 @@ pub(super) fn read(path: &Path) -> Result<String, ConfigErrors> {
 const SMALLEST: &str = "the smallest config that works:\n\
     [app]\ncommand = [\"/path/to/program\"]\n[[listen]]\naddress = \"0.0.0.0:8080\"";
 
-/// At most one byte more than a config file may have.
+/// The bytes of a file that people write, and no more than those have.
 pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     // A FIFO without a writer would otherwise hang the master, which reads its config again at SIGHUP.
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
@@ -53,6 +50,9 @@ pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     }
     let mut bytes = Vec::new();
     file.take(BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 1 MiB"));
+    }
     Ok(bytes)
 }
 
@@ -61,6 +61,7 @@ fn remedy(error: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => "check the path after --config",
         io::ErrorKind::PermissionDenied => "let the user that runs reuseportd read it (ls -l, chmod)",
         io::ErrorKind::IsADirectory => "name the file itself after --config",
+        io::ErrorKind::FileTooLarge => "is this the config file? its path follows --config",
         _ => "",
     }
 }

@@ -28,6 +28,11 @@ impl Shell {
                 }
                 // It ended with orders unread; what it said before still waits behind this.
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+                // What it sent did not arrive, which it can't know: it would wait for its order, and so would we.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    self.set_wrong(worker, error.to_string());
+                    self.inbox.push_back(Event::Ready { worker, listeners: Vec::new() });
+                }
                 // Its end is closed, or beyond use: an unmodified worker never had a use for it.
                 Ok(_) | Err(_) => {
                     process.channel = None;
@@ -37,7 +42,10 @@ impl Shell {
         }
     }
 
-    fn heard(&mut self, worker: WorkerId, message: Result<FromWorker, ChannelError>, fds: Vec<OwnedFd>) {
+    fn heard(&mut self, worker: WorkerId, message: Result<FromWorker, ChannelError>, mut fds: Vec<OwnedFd>) {
+        if !matches!(message, Ok(FromWorker::Ready(_))) {
+            socket::close_received(std::mem::take(&mut fds));
+        }
         match message {
             Ok(FromWorker::Ready(names)) => {
                 let listeners = self.take_bound(worker, &names, fds);
@@ -77,6 +85,7 @@ impl Shell {
                 worker,
                 format!("its ready names {} listeners and carries {}", names.len(), fds.len()),
             );
+            socket::close_received(fds);
             return listeners;
         }
         for (name, fd) in names.iter().zip(fds) {
@@ -88,11 +97,16 @@ impl Shell {
                     worker,
                     format!("its ready names the listener {name:?}, which is not configured"),
                 );
+                socket::close_received(vec![fd]);
                 continue;
             };
-            let taken = bound.and_then(|bound| self.note_bound(group, bound)).and_then(|()| {
-                self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string())
-            });
+            let taken = match bound.and_then(|bound| self.note_bound(group, bound)) {
+                Ok(()) => self.listeners.add(group, worker, None, fd).map_err(|error| error.to_string()),
+                Err(what) => {
+                    socket::close_received(vec![fd]);
+                    Err(what)
+                }
+            };
             match taken {
                 Ok(listener) => listeners.push((group, listener)),
                 Err(what) => self.set_wrong(worker, format!("its listener {name:?}: {what}")),

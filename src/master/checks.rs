@@ -167,8 +167,8 @@ impl Shell {
 
     /// A check may have ended.
     pub(super) fn check_ended(&mut self, run: u32) {
-        self.read_check(run);
-        let Some(check) = self.checks.get(&run) else { return };
+        let Some(check) = self.checks.get_mut(&run) else { return };
+        check.output.pass_on_rest(&mut check.last_lines);
         let how = match pidfd::peek_exit(check.fd()) {
             Ok(None) => return,
             Ok(Some(pidfd::Exit::Code(code))) => Exit::Code(code),

@@ -1,22 +1,31 @@
 //! The control socket's server: who may speak, what they ask, what they are told.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
-use reuseportd_core::{Asked, Event, Number, Reason, Seat, StopMode, Ticket, Trigger, Wait};
+use reuseportd_core::{Asked, Event, Number, Reason, Seat, StopMode, Ticket, Time, Trigger, Wait};
 use reuseportd_sys::socket;
 use reuseportd_wire::control::{self, REQUEST_BYTES_MAX, Reply, Request};
 use reuseportd_wire::status::{Outcome, Phase};
 use serde::{Deserialize, Serialize};
 
-use super::Shell;
 use super::carried::Carried;
 use super::reload::Refusal;
+use super::seldom::Seldom;
+use super::{Shell, clock};
 
-/// Clients at a time; more are turned away at once.
+/// Clients at a time. For one more the oldest goes that waits for no outcome; if all do, the new one.
 const CLIENTS_MAX: usize = 256;
+/// What the spare descriptor is of.
+const SPARE: &str = "/dev/null";
+/// The pause before those who knock are looked at again, when none of them could even be told why not.
+const DEAF: Duration = Duration::from_millis(100);
+const NOT_ALLOWED: &str =
+    "not allowed: only root, the master's own user and control.allow_users may speak to it";
 /// A client that does not read its answers is dropped when so much waits for it.
 const UNSENT_BYTES_MAX: usize = control::REPLY_BYTES_MAX;
 
@@ -24,8 +33,6 @@ const UNSENT_BYTES_MAX: usize = control::REPLY_BYTES_MAX;
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Client {
     stream: Carried<UnixStream>,
-    /// Not allowed: whatever it says, it is told so.
-    is_refused: bool,
     request: Vec<u8>,
     unsent: Vec<u8>,
     /// It has its last answer: closed once that is sent.
@@ -41,17 +48,43 @@ pub(super) struct Clients {
     allowed: Vec<u32>,
     by_number: BTreeMap<u32, Client>,
     last: u32,
+    /// Given up when there is no descriptor left for a client.
+    #[serde(skip)]
+    spare: Option<File>,
+    #[serde(skip)]
+    deaf_until: Option<Time>,
+    #[serde(skip)]
+    turned_away: Seldom,
 }
 
 impl Clients {
     pub(super) fn new(listener: UnixListener, allow_users: &[u32]) -> Clients {
         let mut allowed = vec![0, rustix::process::geteuid().as_raw()];
         allowed.extend(allow_users);
-        Clients { listener: Carried::new(listener), allowed, by_number: BTreeMap::new(), last: 0 }
+        Clients {
+            listener: Carried::new(listener),
+            allowed,
+            by_number: BTreeMap::new(),
+            last: 0,
+            spare: File::open(SPARE).ok(),
+            deaf_until: None,
+            turned_away: Seldom::default(),
+        }
     }
 
-    pub(super) fn listener(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+    /// Where they knock; `None` as long as nobody can be let in, nor told why.
+    pub(super) fn listener(&self) -> Option<BorrowedFd<'_>> {
+        self.deaf_until.is_none().then(|| self.listener.as_fd())
+    }
+
+    /// When the loop has to wake up for those who knock.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        self.deaf_until
+    }
+
+    /// Hears again, when the time has come.
+    pub(super) fn hear_again(&mut self) {
+        self.deaf_until = self.deaf_until.filter(|until| *until > clock::now());
     }
 
     /// Clients to watch: number, descriptor, whether something is to be sent.
@@ -63,29 +96,83 @@ impl Clients {
 
     /// Takes in those who knock.
     pub(super) fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if self.by_number.len() >= CLIENTS_MAX {
-                tracing::warn!("too many control clients: one is turned away");
-                continue;
+        self.spare = self.spare.take().or_else(|| File::open(SPARE).ok());
+        // No more in one turn: those let in are heard before others take their places.
+        for _ in 0..CLIENTS_MAX {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.welcome(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return self.refuse_for(&error),
             }
-            let peer = socket::peer_credentials(stream.as_fd());
-            let is_refused = !peer.as_ref().is_ok_and(|peer| self.allowed.contains(&peer.uid));
-            if is_refused {
-                tracing::warn!(uid = peer.map(|peer| peer.uid).ok(), "a control client is not allowed");
+        }
+    }
+
+    /// Who can't be let in would knock for ever, and hear nothing: the spare descriptor is room enough to say why.
+    fn refuse_for(&mut self, error: &io::Error) {
+        drop(self.spare.take());
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                self.turn_away(
+                    stream,
+                    &format!("the master can't let a client in: {error}{}", remedy(error)),
+                );
             }
-            if stream.set_nonblocking(true).is_err() {
-                continue;
-            }
-            self.last += 1;
-            let client = Client {
-                stream: Carried::new(stream),
-                is_refused,
-                request: Vec::new(),
-                unsent: Vec::new(),
-                is_done: false,
-                is_waiting: false,
-            };
-            self.by_number.insert(self.last, client);
+            Err(_) => self.deaf_until = Some(clock::now().after(DEAF)),
+        }
+    }
+
+    fn welcome(&mut self, stream: UnixStream) {
+        let peer = socket::peer_credentials(stream.as_fd());
+        if !peer.is_ok_and(|peer| self.allowed.contains(&peer.uid)) {
+            return self.turn_away(stream, NOT_ALLOWED);
+        }
+        if self.by_number.len() >= CLIENTS_MAX && !self.make_room() {
+            let why =
+                format!("{CLIENTS_MAX} clients wait for outcomes already: ask again when they have them");
+            return self.turn_away(stream, &why);
+        }
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        self.last += 1;
+        let client = Client {
+            stream: Carried::new(stream),
+            request: Vec::new(),
+            unsent: Vec::new(),
+            is_done: false,
+            is_waiting: false,
+        };
+        self.by_number.insert(self.last, client);
+    }
+
+    /// Who asks nothing, or does not read its answer, keeps nobody out for ever.
+    fn make_room(&mut self) -> bool {
+        let oldest = self.by_number.iter().find(|(_, client)| !client.is_waiting).map(|(number, _)| *number);
+        let Some(client) = oldest.and_then(|number| self.by_number.remove(&number)) else { return false };
+        if client.unsent.is_empty() {
+            let why = format!("more than {CLIENTS_MAX} clients, and this one has asked for nothing yet");
+            self.turn_away(client.stream.into_inner(), &why);
+        }
+        true
+    }
+
+    /// Says why, as far as the client takes it at once, and hangs up.
+    fn turn_away(&mut self, mut stream: UnixStream, why: &str) {
+        if let Some(untold) = self.turned_away.again() {
+            let uid = socket::peer_credentials(stream.as_fd()).map(|peer| peer.uid).ok();
+            tracing::warn!(
+                event = "client_turned_away",
+                uid,
+                untold,
+                "a control client is turned away: {why}"
+            );
+        }
+        let reply = Reply::Error { message: why.to_owned(), code: 1, receipt: None };
+        if let Ok(line) = control::encode(&reply)
+            && stream.set_nonblocking(true).is_ok()
+        {
+            let _ = stream.write_all(line.as_bytes());
         }
     }
 
@@ -114,13 +201,9 @@ impl Clients {
             }
         }
         let end = client.request.iter().position(|byte| *byte == b'\n');
-        if end.is_none() && client.request.len() <= REQUEST_BYTES_MAX {
+        let is_whole = end.is_some() || client.request.len() > REQUEST_BYTES_MAX;
+        if !is_whole || client.is_waiting || client.is_done {
             return None;
-        }
-        if client.is_refused {
-            let text =
-                "not allowed: only root, the master's own user and control.allow_users may speak to it";
-            return Some(Err(text.to_owned()));
         }
         let line: Vec<u8> = client.request.drain(..end.unwrap_or(client.request.len())).collect();
         Some(control::decode_request(&line).map_err(|error| error.to_string()))
@@ -308,6 +391,15 @@ impl Shell {
             Some(reason) => Reply::Error { message: self.reason(reason), code: 1, receipt: None },
         };
         self.clients.reply(to.0, &reply, true);
+    }
+}
+
+/// What helps when no client can be let in.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(nix::libc::EMFILE) => " (raise its limit: LimitNOFILE= of the unit, prlimit --nofile)",
+        Some(nix::libc::ENFILE) => " (raise fs.file-max)",
+        _ => "",
     }
 }
 

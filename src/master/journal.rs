@@ -126,6 +126,13 @@ fn read_own(path: &Path) -> io::Result<Vec<u8>> {
     if !metadata.is_file() || ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
         return Err(io::Error::other("it is no plain file of this user"));
     }
+    // Ours is made under another name, and has no second one: somebody has linked some other file of this user there.
+    if metadata.nlink() > 1 {
+        return Err(io::Error::other("it is a hard link to another file"));
+    }
+    if metadata.len() > BYTES_MAX {
+        return Err(io::Error::other(format!("it is larger than {} MiB", BYTES_MAX >> 20)));
+    }
     let mut text = Vec::new();
     file.take(BYTES_MAX).read_to_end(&mut text)?;
     Ok(text)

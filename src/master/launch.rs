@@ -339,7 +339,14 @@ impl Shell {
                 Ok(())
             }
             Err((error, errno)) => {
-                tracing::error!(generation = generation.0, seat = seat.0, error, "cannot start a worker");
+                let (generation, seat) = (generation.0, seat.0);
+                tracing::error!(
+                    event = "not_started",
+                    generation,
+                    seat,
+                    error,
+                    "cannot start a worker: {error}"
+                );
                 self.spawn_error = Some(error);
                 Err(errno)
             }

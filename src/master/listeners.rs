@@ -71,6 +71,14 @@ impl Listeners {
             known.handle.get_or_insert_with(|| Carried::new(handle));
             return Ok(*id);
         }
+        // What a worker gives again and again would be remembered as long as it lives.
+        let is_given = |known: &Listener| {
+            known.owner.is_none() && (known.group, known.worker) == (group, worker) && worker.is_some()
+        };
+        if owner.is_none() && self.by_id.values().any(is_given) {
+            socket::close_received(vec![handle]);
+            return Err(io::Error::other("it has given one already"));
+        }
         self.last += 1;
         let id = ListenerId(self.last);
         self.by_id.insert(

@@ -1,12 +1,13 @@
 //! Looking into the kernel: whose listeners are whose, what waits in them, what is open.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use reuseportd_core::{Depth, Found, GroupId, GroupView, ListenerId, Member, Problem, WorkerId};
-use reuseportd_sys::diag::{self, Family, Protocol, Query, Socket, states};
+use reuseportd_sys::diag::{self, Family, Lister, Protocol, Query, Socket, states};
 use reuseportd_sys::{pidfd, procfs, socket};
 use reuseportd_wire::status as wire;
 
@@ -225,16 +226,26 @@ const ALL_STATES: u32 = 0x1ffe;
 pub(super) const OPEN_STATES: u32 =
     ALL_STATES & !(states::LISTEN | states::SYN_RECV | states::TIME_WAIT | states::CLOSE);
 
+thread_local! {
+    /// Kept open: in want of descriptors nobody could tell any more what waits where.
+    static LISTER: Cell<Option<Lister>> = const { Cell::new(None) };
+}
+
 /// A dump, asked for again as long as the kernel says that it may be incomplete.
 pub(super) fn dump(protocol: Protocol, port: Option<u16>, states: u32) -> io::Result<Vec<Socket>> {
     let query = Query { protocol, family: Family::Both, port, states };
     let mut attempts = 1;
     loop {
-        match diag::dump(&query) {
+        let lister = LISTER.take().map_or_else(Lister::open, Ok)?;
+        match lister.dump(&query) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted && attempts < DUMP_ATTEMPTS => {
                 attempts += 1
             }
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(sockets) => {
+                LISTER.set(Some(lister));
+                return Ok(sockets);
+            }
         }
     }
 }
@@ -249,7 +260,10 @@ pub(super) fn held_by(pids: &[i32], listening: &[Socket]) -> io::Result<Vec<Held
     for &pid in pids {
         let inodes = procfs::socket_inodes(pid).unwrap_or_else(|error| {
             // A child may have ended since it was listed, which is no error.
-            denied = Some(error).filter(|error| error.kind() == io::ErrorKind::PermissionDenied);
+            let is_gone = |error: &io::Error| {
+                matches!(error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::ESRCH))
+            };
+            denied = Some(error).filter(|error| !is_gone(error));
             Vec::new()
         });
         for (number, inode) in inodes {

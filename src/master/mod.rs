@@ -35,6 +35,7 @@ mod restore;
 mod run;
 mod runtime;
 mod seats;
+mod seldom;
 mod shared;
 mod snapshot;
 mod start;
@@ -64,6 +65,7 @@ use self::listeners::Listeners;
 use self::process::Process;
 use self::reexec::Preflight;
 use self::runtime::Runtime;
+use self::seldom::Seldom;
 use self::shared::Shared;
 use self::upstream::Upstream;
 use crate::config::{Config, LogFormat};
@@ -140,6 +142,7 @@ struct Shell {
     notify: Carried<UnixDatagram>,
     /// Notifications from processes that are no worker's.
     notify_rejected: u64,
+    rejections: Seldom,
     upstream: Upstream,
     signals: SignalPipe,
     /// The limit of open files before the master raised its own: what workers get unless told otherwise.

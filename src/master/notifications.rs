@@ -1,5 +1,6 @@
 //! The notify socket of the workers: READY=1 and the rest, believed only from a worker's own processes.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 
 use reuseportd_core::{Event, WorkerId};
@@ -27,23 +28,32 @@ impl Shell {
     /// Reads what has come on the notify socket.
     pub(super) fn read_notifications(&mut self) {
         let mut buffer = [0; DATAGRAM_BYTES_MAX];
+        // Whom a stranger descends from is looked up once in a turn, and not with each datagram of a flood.
+        let mut strangers = BTreeSet::new();
         for _ in 0..TURN {
             let (length, sender) = match socket::recv_with_credentials(self.notify.as_fd(), &mut buffer) {
                 Ok(received) => received,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     self.notify_rejected += 1;
-                    tracing::debug!(%error, "a notification is not understood");
+                    if let Some(untold) = self.rejections.again() {
+                        tracing::warn!(%error, untold, "a notification is not understood: ignored");
+                    }
                     continue;
                 }
             };
-            let Some(worker) = self.worker_of(sender.pid) else {
+            let known = (!strangers.contains(&sender.pid)).then(|| self.worker_of(sender.pid)).flatten();
+            let Some(worker) = known else {
+                strangers.insert(sender.pid);
                 self.notify_rejected += 1;
-                tracing::warn!(
-                    pid = sender.pid,
-                    uid = sender.uid,
-                    "a notification from no worker's process: ignored"
-                );
+                if let Some(untold) = self.rejections.again() {
+                    tracing::warn!(
+                        pid = sender.pid,
+                        uid = sender.uid,
+                        untold,
+                        "a notification from no worker's process: ignored"
+                    );
+                }
                 continue;
             };
             for said in notify::decode(buffer.get(..length).unwrap_or_default()) {

@@ -70,6 +70,11 @@ impl Output {
         true
     }
 
+    /// The same of a process that has ended: all there is, and not only what one turn allows. (A child of it may go on.)
+    pub(super) fn pass_on_rest(&mut self, last: &mut LastLines) -> bool {
+        (0..PIPE_BYTES / TURN_BYTES).all(|_| self.pass_on(last))
+    }
+
     fn take(&mut self, bytes: &[u8], last: &mut LastLines, write: &mut dyn FnMut(&[u8])) {
         // A line too long to be written at once is passed on in pieces.
         let longest = ATOMIC_BYTES.saturating_sub(self.tag.len() + 1).max(1);

@@ -15,6 +15,7 @@ use reuseportd_wire::status::Protocol;
 use super::Shell;
 use super::groups::errno;
 use super::launch::Launch;
+use super::process::Process;
 use super::takeover::signal_family;
 
 /// Receipts kept for clients that ask later.
@@ -176,8 +177,11 @@ impl Shell {
             Ok(None) => {}
             Ok(Some(how)) => {
                 process.is_ended = true;
+                let Process { output, last_lines, .. } = process;
+                if output.as_mut().is_some_and(|output| !output.pass_on_rest(last_lines)) {
+                    process.output = None;
+                }
                 self.read_channel(worker);
-                self.read_output(worker);
                 let remains = self.has_remains(worker);
                 self.inbox.push_back(Event::Exited { worker, how, remains });
             }

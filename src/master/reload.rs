@@ -9,6 +9,7 @@ use reuseportd_core::{
 use reuseportd_wire::status as wire;
 
 use super::launch::{Launch, UNKNOWN_CONFIG};
+use super::process::printable;
 use super::{Shell, clock, words};
 use crate::config::{self, Config, Endpoint, ReadinessMethod};
 
@@ -166,14 +167,16 @@ impl Shell {
     }
 
     fn refused(&mut self, trigger: Trigger, reason: &str) {
-        tracing::error!(event = "upgrade_refused", reason, "upgrade refused: {reason}; nothing changed");
+        // Names of the config and of files are in it.
+        let reason = printable(reason);
+        tracing::error!(event = "upgrade_refused", reason = %reason, "upgrade refused: {reason}; nothing changed");
         let from = self.core.status().active.map(|generation| generation.0);
         let receipt = wire::Receipt {
             from,
             to: None,
             trigger: words::trigger(trigger),
             outcome: wire::Outcome::Refused,
-            reason: Some(reason.to_owned()),
+            reason: Some(reason.clone()),
             started_at: clock::wall(clock::now()),
             duration_ms: 0,
             phases: Vec::new(),

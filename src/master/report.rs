@@ -1,6 +1,6 @@
 //! The core's facts as log events, STATUS text and progress: one event per fact, under a stable name.
 
-use reuseportd_core::{Generation, Phase, Report, WorkerId};
+use reuseportd_core::{Generation, Phase, Reason, Report, WorkerId};
 use reuseportd_wire::status as wire;
 
 use super::{Shell, words};
@@ -180,6 +180,8 @@ impl Shell {
                     "seat {seat} is filled again in {pause:?}"
                 );
             }
+            // Nobody is there to be replaced; that nobody could be started has been said.
+            Report::Replaced(_, Reason::SpawnFailed(..)) => {}
             Report::Replaced(worker, reason) => {
                 let ((generation, seat), pid, reason) =
                     (self.place(*worker), self.pid(*worker), self.reason(*reason));

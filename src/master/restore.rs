@@ -15,6 +15,7 @@ use super::carried::Carried;
 use super::control::Clients;
 use super::keeping::{Saving, is_first_process};
 use super::runtime::Runtime;
+use super::seldom::Seldom;
 use super::snapshot::{Belongings, Lines, Snapshot, SnapshotError};
 use super::start::NoStart;
 use super::turn::Turn;
@@ -177,6 +178,7 @@ impl Snapshot {
             clients,
             notify: self.notify,
             notify_rejected: self.notify_rejected,
+            rejections: Seldom::default(),
             upstream,
             signals,
             limits: self.limits,

@@ -11,6 +11,25 @@ use super::turn::Turn;
 use super::{Shell, clock};
 use crate::keeper::Keeper;
 
+/// How long nobody looks where descriptors can be looked at one by one only.
+const ONE_BY_ONE: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+
+/// Waits. The kernel refuses to watch more descriptors than the limit allows at present, which may be fewer than are open;
+/// deaf to all of them the master could not even be stopped.
+fn poll_all(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> rustix::io::Result<()> {
+    match poll(fds, timeout) {
+        Err(rustix::io::Errno::INVAL) => {}
+        result => return result.map(drop),
+    }
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut ready = 0;
+    for fd in fds {
+        ready += poll(std::slice::from_mut(fd), Some(&now))?;
+    }
+    let pause = timeout.map_or(ONE_BY_ONE, |timeout| ONE_BY_ONE.min(*timeout));
+    if ready == 0 { poll(&mut [], Some(&pause)).map(drop) } else { Ok(()) }
+}
+
 /// What a descriptor of the loop is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Token {
@@ -40,6 +59,7 @@ impl Shell {
         self.settle();
         while self.exit.is_none() {
             let ready = self.wait();
+            self.clients.hear_again();
             self.turn = Turn::default();
             for token in ready {
                 self.ready(token);
@@ -91,7 +111,7 @@ impl Shell {
         let watched = self.watched();
         let mut fds: Vec<PollFd<'_>> =
             watched.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
-        let deadlines = [self.core.next_deadline(), self.saving.deadline()];
+        let deadlines = [self.core.next_deadline(), self.saving.deadline(), self.clients.deadline()];
         let timeout = deadlines.into_iter().flatten().min().map(|deadline| {
             let left = deadline.since(clock::now());
             Timespec {
@@ -99,8 +119,8 @@ impl Shell {
                 tv_nsec: i64::from(left.subsec_nanos()),
             }
         });
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        match poll_all(&mut fds, timeout.as_ref()) {
+            Ok(()) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => tracing::error!(%error, "cannot wait for events"),
         }
         let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
@@ -138,11 +158,12 @@ impl Shell {
         if let Some(preflight) = &self.preflight {
             watched.push((Token::Preflight, preflight.pidfd(), PollFlags::IN));
         }
-        watched.push((Token::Knock, self.clients.listener(), PollFlags::IN));
         for (number, fd, has_unsent) in self.clients.fds() {
             let flags = if has_unsent { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
             watched.push((Token::Client(number), fd, flags));
         }
+        // After those let in before, who may have to make room.
+        watched.extend(self.clients.listener().map(|listener| (Token::Knock, listener, PollFlags::IN)));
         watched
     }
 

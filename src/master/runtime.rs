@@ -1,6 +1,6 @@
 //! The files of a running master: its directory, the lock that keeps a second one away, and their removal.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::carried::Carried;
 use crate::config::{Control, saved};
 use crate::force::{self, ForceError};
+use crate::unix_file::obstacle;
 
 /// Why the runtime files can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,11 @@ pub(super) enum RuntimeError {
         path.display()
     )]
     Unsafe { path: PathBuf, what: &'static str },
+    #[error(
+        "a {what} of user {uid} is in the place of the runtime file {}; remove it, or choose another control.socket",
+        path.display()
+    )]
+    Planted { path: PathBuf, what: &'static str, uid: u32 },
     #[error("cannot lock {}: {source}; {}", path.display(), place_for(source))]
     Lock { path: PathBuf, source: io::Error },
     #[error(
@@ -70,9 +76,14 @@ impl Runtime {
             .truncate(false)
             .write(true)
             .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW)
+            // Of a pipe nobody reads it would wait.
+            .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK)
             .open(&path)
-            .map_err(|source| RuntimeError::Lock { path: path.clone(), source })?;
+            .map_err(|source| planted(&path, RuntimeError::Lock { path: path.clone(), source }))?;
+        if !lock.metadata().is_ok_and(|metadata| metadata.is_file() && is_own(&metadata)) {
+            let source = io::Error::other("another file came to its place");
+            return Err(planted(&path, RuntimeError::Lock { path: path.clone(), source }));
+        }
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(RuntimeError::Running { lock: path, socket }),
@@ -102,9 +113,10 @@ impl Runtime {
         // With other users allowed, credentials decide; otherwise the file mode is a second lock on the door.
         let mode = if control.allow_users.is_empty() { control.mode } else { 0o666 };
         let listener = bind(&self.socket, mode, |path| UnixListener::bind(path))?;
-        listener
+        let prepare = listener
             .set_nonblocking(true)
-            .map_err(|source| RuntimeError::Socket { path: self.socket.clone(), source })?;
+            .and_then(|()| reuseportd_sys::socket::refuse_descriptors(listener.as_fd()));
+        prepare.map_err(|source| RuntimeError::Socket { path: self.socket.clone(), source })?;
         Ok(listener)
     }
 
@@ -126,8 +138,7 @@ impl Runtime {
     /// The app's cgroup, made if need be. Where it is, a link beside the socket says: the next master may be elsewhere.
     pub(super) fn cgroup(&self, app: &str) -> Result<PathBuf, ForceError> {
         let (link, place) = (self.cgroup_link(), force::place(app, &self.socket)?);
-        let left = fs::read_link(&link).ok();
-        match left.filter(|left| *left != place) {
+        match own_link(&link).filter(|left| *left != place) {
             // A former master's processes are in it.
             Some(left) if force::remove(&left).is_err() => return Ok(left),
             Some(_) => drop(fs::remove_file(&link)),
@@ -135,7 +146,7 @@ impl Runtime {
         }
         // The link first: nothing is made that the next master would not find.
         match symlink(&place, &link) {
-            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            Err(source) if own_link(&link).as_ref() != Some(&place) => {
                 return Err(ForceError::Make { path: link, source });
             }
             Ok(()) | Err(_) => {}
@@ -149,7 +160,7 @@ impl Runtime {
     }
 
     fn remove_cgroup(&self) {
-        let Ok(path) = fs::read_link(self.cgroup_link()) else { return };
+        let Some(path) = own_link(&self.cgroup_link()) else { return };
         if let Err(error) = force::remove_when_empty(&path) {
             let path = path.display();
             tracing::warn!(
@@ -170,7 +181,8 @@ impl Runtime {
         let socket = bind(&path, 0o666, |path| UnixDatagram::bind(path))?;
         let prepare = socket
             .set_nonblocking(true)
-            .and_then(|()| reuseportd_sys::socket::pass_credentials(socket.as_fd()));
+            .and_then(|()| reuseportd_sys::socket::pass_credentials(socket.as_fd()))
+            .and_then(|()| reuseportd_sys::socket::refuse_descriptors(socket.as_fd()));
         prepare.map_err(|source| RuntimeError::Socket { path, source })?;
         Ok(socket)
     }
@@ -229,7 +241,7 @@ fn check_directory(path: &Path) -> Result<(), RuntimeError> {
     if !metadata.is_dir() {
         return unsafe_for("it is no directory");
     }
-    if ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
+    if !is_own(&metadata) {
         return unsafe_for("it belongs to another user");
     }
     if metadata.mode() & 0o022 != 0 && !is_sticky {
@@ -238,17 +250,38 @@ fn check_directory(path: &Path) -> Result<(), RuntimeError> {
     Ok(())
 }
 
+/// Whether it belongs to this user or root.
+fn is_own(metadata: &Metadata) -> bool {
+    [0, rustix::process::geteuid().as_raw()].contains(&metadata.uid())
+}
+
+/// Where a link leads; one that somebody else has put there, to where he likes, is none.
+fn own_link(path: &Path) -> Option<PathBuf> {
+    let is_believed = fs::symlink_metadata(path).is_ok_and(|metadata| is_own(&metadata));
+    fs::read_link(path).ok().filter(|_| is_believed)
+}
+
+/// Says what is in the place of a file that can't be made, if that is the cause.
+fn planted(path: &Path, otherwise: RuntimeError) -> RuntimeError {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return otherwise };
+    if metadata.is_file() && is_own(&metadata) && matches!(otherwise, RuntimeError::Lock { .. }) {
+        return otherwise;
+    }
+    let what = obstacle(&metadata).unwrap_or("socket");
+    RuntimeError::Planted { path: path.to_owned(), what, uid: metadata.uid() }
+}
+
 /// Binds a unix socket at a path where only a stale socket of ours may be in the way: the lock is held.
 fn bind<T>(path: &Path, mode: u32, bind: impl Fn(&Path) -> io::Result<T>) -> Result<T, RuntimeError> {
     let failed = |source| RuntimeError::Socket { path: path.to_owned(), source };
     if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
-        fs::remove_file(path).map_err(failed)?;
+        fs::remove_file(path).map_err(|source| planted(path, failed(source)))?;
     }
     // Private from the first moment; opened up below.
     let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let bound = bind(path);
     rustix::process::umask(before);
-    let socket = bound.map_err(failed)?;
+    let socket = bound.map_err(|source| planted(path, failed(source)))?;
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
     Ok(socket)
 }

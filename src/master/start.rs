@@ -18,6 +18,7 @@ use super::keeping::Saving;
 use super::launch::Launch;
 use super::listeners::Listeners;
 use super::runtime::Runtime;
+use super::seldom::Seldom;
 use super::shared::Shared;
 use super::turn::Turn;
 use super::upstream::Upstream;
@@ -188,6 +189,7 @@ fn prepare(
         clients: Clients::new(control, &config.control.allow_users),
         notify: Carried::new(notify),
         notify_rejected: 0,
+        rejections: Seldom::default(),
         upstream,
         signals,
         limits: nofile.ok().map(|nofile| Limits { soft: nofile.before, hard: nofile.hard }),

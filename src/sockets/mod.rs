@@ -25,7 +25,7 @@ pub(crate) fn run(master: &Master, json: bool) -> ExitCode {
         }
     };
     let text = match json {
-        true => control::encode(&picture).unwrap_or_default(),
+        true => client::text::escape_json(&control::encode(&picture).unwrap_or_default()),
         false => text::render(&picture, client::paint()),
     };
     // A reader that has seen enough (`| head -1`) is no failure.

@@ -108,6 +108,19 @@ impl App {
         self
     }
 
+    /// Where the control socket is, and with it all runtime files.
+    pub(crate) fn socket(mut self, path: PathBuf) -> App {
+        self.socket = path;
+        self
+    }
+
+    /// The file beside the control socket whose name ends like this.
+    pub(crate) fn runtime_file(&self, suffix: &str) -> PathBuf {
+        let mut path = self.socket.clone().into_os_string();
+        path.push(suffix);
+        path.into()
+    }
+
     /// A line of `[steering]`.
     pub(crate) fn steering(mut self, line: impl Into<String>) -> App {
         self.steering.push(line.into());

@@ -9,6 +9,7 @@ pub(crate) mod load;
 pub(crate) mod machine;
 pub(crate) mod master;
 pub(crate) mod process;
+pub(crate) mod strace;
 pub(crate) mod unix_load;
 pub(crate) mod upstream;
 pub(crate) mod watch;

@@ -73,8 +73,8 @@ pub enum Step {
     Prepare,
     /// Making the process: EAGAIN is a limit on processes.
     Fork,
-    /// Its own process group.
-    ProcessGroup,
+    /// Its own session, and process group. From one session into the groups of another there is no way.
+    Session,
     /// Entering its cgroup.
     Cgroup,
     /// Giving descriptors their numbers.
@@ -103,7 +103,7 @@ pub enum Step {
 
 /// What may need privilege comes before what gives it up.
 const CHILD_STEPS: [Step; 12] = [
-    Step::ProcessGroup,
+    Step::Session,
     Step::Cgroup,
     Step::Descriptors,
     Step::Limits,
@@ -122,7 +122,7 @@ impl Step {
         match self {
             Step::Prepare => "prepare a start",
             Step::Fork => "make a process",
-            Step::ProcessGroup => "make a process group",
+            Step::Session => "make a session",
             Step::Cgroup => "enter its cgroup",
             Step::Descriptors => "hand over descriptors",
             Step::Limits => "set resource limits",
@@ -282,7 +282,7 @@ unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
     // SAFETY: as in `run_child`.
     unsafe {
         match step {
-            Step::ProcessGroup => libc::setpgid(0, 0),
+            Step::Session => libc::setsid(),
             Step::Cgroup => spec.cgroup.map_or(0, |procs| with_errno(cgroup::enter(procs))),
             Step::Descriptors => place_descriptors(prepared),
             Step::Limits => spec.limits.iter().fold(0, |result, limit| result.min(set_limit(limit))),

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
@@ -110,32 +111,58 @@ const SKMEMINFO_DROPS: usize = 8;
 /// `Interrupted` when the list changed so much during the dump that entries may be missing or double: ask again.
 /// Else what the kernel says.
 pub fn dump(query: &Query) -> io::Result<Vec<Socket>> {
-    let families: &[u8] = match query.family {
-        Family::V4 => &[AF_INET],
-        Family::V6 => &[AF_INET6],
-        Family::Both => &[AF_INET, AF_INET6],
-    };
-    let netlink = rustix::net::socket_with(
-        AddressFamily::NETLINK,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        Some(netlink::SOCK_DIAG),
-    )?;
-    let mut sockets = Vec::new();
-    let mut buffer = vec![0_u8; 64 * 1024];
-    for &family in families {
-        rustix::net::send(&netlink, &request(query, family), SendFlags::empty())?;
-        loop {
-            let (_, length) = rustix::net::recv(&netlink, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
-            let reply = buffer.get(..length).ok_or_else(|| malformed("a reply longer than the buffer"))?;
-            if parse(reply, &mut sockets)? == Parsed::Done {
-                break;
+    Lister::open()?.dump(query)
+}
+
+/// The kernel's ear for queries. Kept open it needs no further descriptor for the next one.
+#[derive(Debug)]
+pub struct Lister {
+    netlink: OwnedFd,
+}
+
+impl Lister {
+    /// Lists the sockets of the network namespace this thread is in now.
+    ///
+    /// # Errors
+    /// EMFILE or ENFILE.
+    pub fn open() -> io::Result<Lister> {
+        let protocol = Some(netlink::SOCK_DIAG);
+        let netlink = rustix::net::socket_with(
+            AddressFamily::NETLINK,
+            SocketType::DGRAM,
+            SocketFlags::CLOEXEC,
+            protocol,
+        )?;
+        Ok(Lister { netlink })
+    }
+
+    /// Lists sockets in the kernel's dump order.
+    ///
+    /// # Errors
+    /// As of [`dump`]. What is left unread then would be taken for the next answer: open another.
+    pub fn dump(&self, query: &Query) -> io::Result<Vec<Socket>> {
+        let families: &[u8] = match query.family {
+            Family::V4 => &[AF_INET],
+            Family::V6 => &[AF_INET6],
+            Family::Both => &[AF_INET, AF_INET6],
+        };
+        let mut sockets = Vec::new();
+        let mut buffer = vec![0_u8; 64 * 1024];
+        for &family in families {
+            rustix::net::send(&self.netlink, &request(query, family), SendFlags::empty())?;
+            loop {
+                let (_, length) = rustix::net::recv(&self.netlink, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
+                let reply =
+                    buffer.get(..length).ok_or_else(|| malformed("a reply longer than the buffer"))?;
+                if parse(reply, &mut sockets)? == Parsed::Done {
+                    break;
+                }
             }
         }
+        // The kernel filters by port too, but not in every dump of every version: what was asked for is what is returned.
+        sockets.retain(|socket| query.port.is_none_or(|port| socket.local.port() == port));
+        Ok(sockets)
     }
-    // The kernel filters by port too, but not in every dump of every version: what was asked for is what is returned.
-    sockets.retain(|socket| query.port.is_none_or(|port| socket.local.port() == port));
-    Ok(sockets)
 }
 
 /// Sorts a dump so that each reuseport group is in the order in which its sockets came: by `listen()`, of UDP by `bind()`.

@@ -179,6 +179,29 @@ pub fn pass_credentials(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(sockopt::set_socket_passcred(fd, true)?)
 }
 
+/// Has the kernel refuse descriptors that are sent to a unix socket, or to those accepted from it (EPERM for the sender).
+/// To close one that came from a stranger can take as long as the stranger likes. Before Linux 6.16 there is no such
+/// option, and nothing happens.
+///
+/// # Errors
+/// When the descriptor is no unix socket.
+pub fn refuse_descriptors(fd: BorrowedFd<'_>) -> io::Result<()> {
+    const SO_PASSRIGHTS: i32 = 83;
+    match set_option(fd, SO_PASSRIGHTS, 0) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
+        result => result,
+    }
+}
+
+/// Closes descriptors that came from elsewhere, without the wait that a TCP socket may have been given for its last
+/// bytes to leave (SO_LINGER).
+pub fn close_received(fds: Vec<OwnedFd>) {
+    for fd in fds {
+        // Not a socket, as a rule.
+        let _ = sockopt::set_socket_linger(&fd, None);
+    }
+}
+
 /// Descriptors one datagram may carry: a worker's listeners, at most one per configured address.
 pub const FDS_MAX: usize = 64;
 
@@ -203,14 +226,15 @@ pub fn send_with_fds(socket: BorrowedFd<'_>, payload: &[u8], fds: &[BorrowedFd<'
 /// `InvalidData` when payload or descriptors did not fit; what came with it is closed.
 pub fn recv_with_fds(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
     let (received, flags) = receive(socket, buffer)?;
-    let truncated = [(libc::MSG_CTRUNC, "descriptors"), (libc::MSG_TRUNC, "bytes")];
-    match truncated.iter().find(|(flag, _)| flags & flag != 0) {
-        Some((_, what)) => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("a datagram with more {what} than there is room for; it was dropped"),
-        )),
-        None => Ok(received),
-    }
+    let what = if flags & libc::MSG_CTRUNC != 0 || received.fds.len() > FDS_MAX {
+        "descriptors than there is room for (too many, or the limit on open files is reached)"
+    } else if flags & libc::MSG_TRUNC != 0 {
+        "bytes than there is room for"
+    } else {
+        return Ok(received);
+    };
+    close_received(received.fds);
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("a datagram with more {what}; it was dropped")))
 }
 
 /// Receives one datagram with its sender; descriptors that come along are closed at once. The socket must
@@ -220,8 +244,10 @@ pub fn recv_with_fds(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Re
 /// `InvalidData` when the datagram is longer than the buffer or carries no credentials.
 pub fn recv_with_credentials(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Credentials)> {
     let (received, flags) = receive(socket, buffer)?;
+    close_received(received.fds);
     if flags & libc::MSG_TRUNC != 0 {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram longer than the buffer"));
+        let what = format!("a datagram of more than {} bytes", buffer.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     let credentials = received.credentials;
     let missing =
@@ -244,13 +270,17 @@ pub fn peer_credentials(fd: BorrowedFd<'_>) -> io::Result<Credentials> {
     Ok(Credentials { pid: peer.pid, uid: peer.uid, gid: peer.gid })
 }
 
-/// Room for control messages, aligned as `cmsghdr` wants it.
+/// The kernel's limit of descriptors in one message (SCM_MAX_FD).
+const SCM_FDS_MAX: usize = 253;
+
+/// Room for control messages: a sender and as many descriptors as can come, since the kernel closes the others itself.
+/// Aligned as `cmsghdr` wants it.
 #[repr(C, align(8))]
-struct Control([u8; 512]);
+struct Control([u8; 64 + SCM_FDS_MAX.next_multiple_of(2) * size_of::<i32>()]);
 
 /// `recvmsg` by hand: safe crates lose descriptors of a truncated message, or can't represent a sender with pid 0.
 fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(Received, libc::c_int)> {
-    let mut control = Control([0; 512]);
+    let mut control = Control([0; size_of::<Control>()]);
     let mut io_vec = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: all-zero is a valid msghdr (null pointers and zero lengths).
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };

@@ -238,7 +238,13 @@ impl Oracle {
             let is_vacant = socket.seat.is_some() && !self.protocol.is_ready(id);
             // A master of which nothing is left had told it to stop.
             let is_forgotten = worker.orphan && worker.drained && !self.protocol.has_left(id);
-            worker.deserted || is_forgotten || is_cut || is_vacant || worker.mute.is_some() || is_told || is_hasty
+            worker.deserted
+                || is_forgotten
+                || is_cut
+                || is_vacant
+                || worker.mute.is_some()
+                || is_told
+                || is_hasty
         });
         assert!(was_cut, "datagram {datagram} in {listener:?} was never read: {sent:?}, {socket:?}");
         assert!(

@@ -1,7 +1,9 @@
 //! Sockets and credentials passed between processes.
 
 use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use reuseportd_sys::socket::{
     self, FDS_MAX, recv_with_credentials, recv_with_fds, send_with_fds, seqpacket_pair,
@@ -108,6 +110,56 @@ fn no_descriptor_is_ever_leaked_by_a_sender() {
             ErrorKind::InvalidInput
         );
     });
+}
+
+/// A connection that takes so many seconds to be closed: its peer reads nothing, and there is something to be sent.
+fn lingering(seconds: u64) -> (OwnedFd, TcpStream) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let mut full = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    full.set_nonblocking(true).unwrap();
+    while full.write(&[0; 65_536]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&full, Some(Duration::from_secs(seconds))).unwrap();
+    (full.into(), peer)
+}
+
+#[test]
+fn a_socket_that_lingers_is_closed_at_once() {
+    with(&[], || {
+        let closing = |full: OwnedFd, close: fn(OwnedFd)| {
+            let begun = Instant::now();
+            close(full);
+            begun.elapsed()
+        };
+        let (full, _peer) = lingering(1);
+        assert!(closing(full, drop) >= Duration::from_millis(900), "the kernel waits");
+        let (ours, theirs) = seqpacket_pair().unwrap();
+        socket::pass_credentials(ours.as_fd()).unwrap();
+        let (full, _peer) = lingering(20);
+        send_with_fds(theirs.as_fd(), b"READY=1", &[full.as_fd()]).unwrap();
+        drop(full);
+        let waited = closing(ours, |ours| drop(recv_with_credentials(ours.as_fd(), &mut [0; 64])));
+        assert!(waited < Duration::from_secs(10), "{waited:?}");
+    });
+}
+
+#[test]
+fn descriptors_are_refused_where_the_kernel_can() {
+    with(&[], || {
+        let (ours, theirs) = seqpacket_pair().unwrap();
+        socket::refuse_descriptors(ours.as_fd()).unwrap();
+        match send_with_fds(theirs.as_fd(), b"take this", &[ours.as_fd()]) {
+            Ok(()) => assert!(!kernel_is_at_least(6, 16), "it was sent"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::PermissionDenied),
+        }
+        send_with_fds(theirs.as_fd(), b"words alone", &[]).unwrap();
+    });
+}
+
+fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split('.').map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(major), Some(minor))
 }
 
 /// Sends more descriptors than our own function would.
