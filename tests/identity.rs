@@ -24,19 +24,19 @@ use crate::support::rounds;
 use crate::support::world::{Need, World, example, tool, world};
 
 /// No accounts: nobody else here.
-const UID: u32 = 61_234;
-const OTHER: u32 = 61_235;
+pub(crate) const UID: u32 = 61_234;
+pub(crate) const OTHER: u32 = 61_235;
 
 /// A copy of a program, for everybody to execute. Made by a process of its own: no descriptor of this one, that a child
 /// could hold for a moment, keeps it from being executed.
-fn copy(world: &World, from: &Path, name: &str) -> PathBuf {
+pub(crate) fn copy(world: &World, from: &Path, name: &str) -> PathBuf {
     let to = world.path(name);
     tool(&format!("install -m 755 {} {}", from.display(), to.display()));
     to
 }
 
 /// The difficult worker where everybody may execute it.
-fn app(world: &World, options: &str) -> App {
+pub(crate) fn app(world: &World, options: &str) -> App {
     let worker = copy(world, &example("test_worker"), "worker");
     let command = std::iter::once(worker.to_str().unwrap().to_owned());
     App::new(world, command.chain(options.split_whitespace().map(str::to_owned)))
@@ -50,7 +50,7 @@ fn as_other(program: &Path) -> Command {
 }
 
 /// Workers of another user.
-fn as_user(app: App) -> App {
+pub(crate) fn as_user(app: App) -> App {
     app.app(format!("user = {UID}")).app(format!("group = {UID}"))
 }
 
@@ -69,7 +69,7 @@ fn with_accounts(world: &World) {
 }
 
 /// Fields of a process's status, blanks evened out.
-fn status(pid: u32, names: &[&str]) -> Vec<String> {
+pub(crate) fn status(pid: u32, names: &[&str]) -> Vec<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &&str| {
         let line = text.lines().find_map(|line| line.strip_prefix(*name)?.strip_prefix(':'));
@@ -89,8 +89,8 @@ fn variable(pid: u32, name: &str) -> Option<String> {
 }
 
 const WHO: [&str; 3] = ["Uid", "Gid", "Groups"];
-const CAPABILITIES: [&str; 5] = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
-const NONE: &str = "0000000000000000";
+pub(crate) const CAPABILITIES: [&str; 5] = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
+pub(crate) const NONE: &str = "0000000000000000";
 const NET_BIND_SERVICE: &str = "0000000000000400";
 
 /// A worker with these lines in `[app]`, looked at while it serves.

@@ -8,6 +8,7 @@
 mod adoption;
 mod bake;
 mod canary;
+mod capabilities;
 mod cli;
 mod config;
 mod container;

@@ -165,7 +165,8 @@ fn full(name: &str) -> String {
     format!("CAP_{name}")
 }
 
-fn names(set: CapabilitySet) -> String {
+/// Of all in a set, as people write them.
+pub(crate) fn capability_names(set: CapabilitySet) -> String {
     set.iter_names().map(|(name, _)| full(name)).collect::<Vec<_>>().join(", ")
 }
 
@@ -180,7 +181,9 @@ impl App {
     /// # Errors
     /// It lacks a capability.
     pub(crate) fn check_identity(&self) -> Result<(), IdentityError> {
-        let own = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+        let own = rustix::thread::capabilities(None).ok();
+        let effective = own.map_or(CapabilitySet::empty(), |sets| sets.effective);
+        let permitted = own.map_or(CapabilitySet::empty(), |sets| sets.permitted);
         let uid = geteuid().as_raw();
         let Identity { uid: user, capabilities, .. } = &self.identity;
         let (key, needed) = match user {
@@ -191,13 +194,13 @@ impl App {
             None if self.identity.groups.is_some() => ("group", CapabilitySet::SETGID),
             None => ("user", CapabilitySet::empty()),
         };
-        let missing = needed - own;
+        let missing = needed - effective;
         if !missing.is_empty() {
-            return Err(IdentityError::Switch { key, missing: names(missing), uid });
+            return Err(IdentityError::Switch { key, missing: capability_names(missing), uid });
         }
-        let missing = *capabilities - own;
+        let missing = *capabilities - permitted;
         if !missing.is_empty() {
-            return Err(IdentityError::Grant { missing: names(missing), uid });
+            return Err(IdentityError::Grant { missing: capability_names(missing), uid });
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::diagnose::ConfigErrors;
 pub(crate) use self::executable::{find_check, find_executable};
-pub(crate) use self::identity::IdentityError;
+pub(crate) use self::identity::{IdentityError, capability_names};
 pub(crate) use self::listen::{Endpoint, clash};
 pub(crate) use self::socket_path::{own_directory_name, runtime_directory};
 pub(crate) use self::unix::{Entry, Listeners, UnixListen};

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use nix::sys::signal::SigSet;
+use reuseportd_sys::capability;
 use reuseportd_sys::image::take_carried;
 use reuseportd_sys::socket::{self, FDS_MAX, Received};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -83,6 +84,8 @@ enum Wake {
 
 impl Keeping {
     fn new() -> io::Result<Keeping> {
+        // Holding and handing over takes none. Where a filter forbids to give them up it is done with them.
+        let _ = capability::keep_none();
         let channel = take_carried(CHANNEL_NUMBER)?;
         let listener = take_carried(LISTENER_NUMBER)?;
         // Not done by the master: whoever calls listen() is the process that those who connect see.

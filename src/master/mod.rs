@@ -25,6 +25,7 @@ mod orphans;
 mod output;
 mod perform;
 mod place;
+mod privileges;
 mod process;
 mod prove;
 mod reaper;
@@ -54,6 +55,7 @@ use reuseportd_core::{Event, Generation, GroupId, GroupView, ListenerId, Master,
 use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::signals::SignalPipe;
 use reuseportd_wire::status as wire;
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 use self::carried::Carried;
@@ -164,6 +166,8 @@ struct Shell {
     /// Why the last one failed, in words.
     reexec_error: Option<String>,
     keeper: Option<Carried<Keeper>>,
+    /// Capabilities given up since this process began, but for those that a re-exec brought back.
+    dropped: CapabilitySet,
     saving: Saving,
     /// What the journal says.
     journalled: Option<(Vec<journal::Entry>, Vec<journal::Slots>)>,

@@ -13,7 +13,7 @@ use reuseportd_core::{Event, MasterState};
 use reuseportd_sys::child::{self, SpawnSpec, Spawned};
 use reuseportd_sys::executable::PinnedExecutable;
 use reuseportd_sys::identity::Identity;
-use reuseportd_sys::{image, memfd, pidfd};
+use reuseportd_sys::{capability, image, memfd, pidfd};
 use reuseportd_wire::env;
 use rustix::fs::{Access, access};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -127,6 +127,8 @@ fn understood(text: &[u8]) -> String {
 
 /// What a child does that is to try the state.
 pub(crate) fn preflight() -> ExitCode {
+    // Reading takes none. Where a filter forbids to give them up it is done with them.
+    let _ = capability::keep_none();
     let text = image::take_carried(STATE_NUMBER).and_then(|state| memfd::read(state.as_fd()));
     let answer = text.map_err(|error| error.to_string()).and_then(|text| {
         let lines = Lines::of(&text).map_err(|error| error.to_string())?;
@@ -176,7 +178,7 @@ impl Shell {
             directory: None,
             limits: &[],
             cgroup: None,
-            no_new_privileges: false,
+            no_new_privileges: true,
         })
         .map_err(io::Error::other)?;
         Ok(Preflight {

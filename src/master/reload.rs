@@ -137,6 +137,7 @@ impl Shell {
                  uid share an address, so the new workers could not bind beside those that serve; {restart}"
             ));
         }
+        self.check_privileges(&new.app)?;
         self.check_overlap(new)
     }
 

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use reuseportd_core::{Event, Verdict};
 use reuseportd_sys::signals::SignalPipe;
 use reuseportd_sys::{image, memfd};
+use rustix::thread::CapabilitySet;
 
 use super::activation::Passed;
 use super::carried::Carried;
@@ -35,10 +36,11 @@ pub(super) fn resume(number: &str, signals: SignalPipe) -> Result<Shell, String>
     let taken = lines.head.fds.iter().map(|(name, number)| Ok((name.clone(), image::take_carried(*number)?)));
     let mut fds = taken.collect::<io::Result<BTreeMap<_, _>>>().map_err(|error| failed(&error))?;
     let snapshot = lines.state(&mut fds).map_err(|error| failed(&error))?;
-    let Belongings { clients, mut runtime, keeper } =
+    let Belongings { clients, mut runtime, keeper, dropped } =
         lines.belongings(&mut fds).map_err(|error| failed(&error))?;
     runtime.own();
     let mut shell = snapshot.revive(signals, runtime, clients, keeper);
+    shell.dropped = CapabilitySet::from_bits_retain(dropped);
     shell.reexecs += 1;
     shell.inbox.push_front(Event::Reexecuted { done: true });
     Ok(shell)
@@ -194,6 +196,7 @@ impl Snapshot {
             is_reexec_due: false,
             reexec_error: None,
             keeper,
+            dropped: CapabilitySet::empty(),
             saving: Saving::default(),
             journalled: None,
         }

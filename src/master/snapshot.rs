@@ -159,6 +159,9 @@ pub(super) struct Belongings {
     pub(super) clients: Clients,
     pub(super) runtime: Runtime,
     pub(super) keeper: Option<Carried<Keeper>>,
+    /// Capabilities, as their bits.
+    #[serde(default)]
+    pub(super) dropped: u64,
 }
 
 /// The same on their way out.
@@ -167,6 +170,7 @@ struct OutgoingBelongings<'a> {
     clients: &'a Clients,
     runtime: &'a Runtime,
     keeper: &'a Option<Carried<Keeper>>,
+    dropped: u64,
 }
 
 /// A state that has been split into its lines.
@@ -236,7 +240,8 @@ impl Shell {
     pub(super) fn state_for_exec(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), SnapshotError> {
         let state = self.write_state(BTreeSet::new())?;
         let (clients, runtime, keeper) = (&self.clients, &self.runtime, &self.keeper);
-        let belongings = carried::write(&OutgoingBelongings { clients, runtime, keeper }, BTreeSet::new())?;
+        let belongings = OutgoingBelongings { clients, runtime, keeper, dropped: self.dropped.bits() };
+        let belongings = carried::write(&belongings, BTreeSet::new())?;
         let fds: BTreeMap<String, OwnedFd> = state.fds.into_iter().chain(belongings.fds).collect();
         let numbers = fds.iter().map(|(name, fd)| (name.clone(), fd.as_raw_fd())).collect();
         let text = [head(numbers)?, state.text, b"\n".into(), belongings.text].concat();

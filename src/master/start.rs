@@ -10,6 +10,7 @@ use reuseportd_core::{Event, Master, Trigger};
 use reuseportd_sys::signals::{self, SignalPipe};
 use reuseportd_sys::{capability, limits};
 use reuseportd_wire::env;
+use rustix::thread::CapabilitySet;
 
 use super::carried::Carried;
 use super::control::Clients;
@@ -70,6 +71,7 @@ fn serve(
     };
     match shell {
         Ok(mut shell) => {
+            shell.give_up_privileges();
             let code = shell.run();
             tracing::info!(event = "ended", code, "the master ends");
             ExitCode::from(code)
@@ -205,6 +207,7 @@ fn prepare(
         is_reexec_due: false,
         reexec_error: None,
         keeper: None,
+        dropped: CapabilitySet::empty(),
         saving: Saving::default(),
         journalled: None,
     })
