@@ -68,9 +68,12 @@ fn with_accounts(world: &World) {
     }
 }
 
+fn status(pid: u32, names: &[&str]) -> Vec<String> {
+    fields(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap(), names)
+}
+
 /// Fields of a process's status, blanks evened out.
-pub(crate) fn status(pid: u32, names: &[&str]) -> Vec<String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+pub(crate) fn fields(text: &str, names: &[&str]) -> Vec<String> {
     let field = |name: &&str| {
         let line = text.lines().find_map(|line| line.strip_prefix(*name)?.strip_prefix(':'));
         line.unwrap_or_else(|| panic!("{name} in {text}")).split_whitespace().collect::<Vec<_>>().join(" ")
