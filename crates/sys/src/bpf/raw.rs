@@ -251,10 +251,10 @@ struct MapInfo {
 ///
 /// # Safety
 /// `T` must be a prefix of `union bpf_attr` for `command`, without uninitialised padding, and every address
-/// in it must be valid for the kernel's reads and writes of that command.
+/// in it must be valid, for as long as the call takes, for the kernel's reads and writes of that command.
 unsafe fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i32> {
-    // SAFETY: the caller vouches for the addresses inside; `attr` itself is valid for size_of::<T>() bytes,
-    // and the kernel takes any prefix of the union as the rest being zero.
+    // SAFETY: the caller vouches for the addresses inside; `attr` itself is valid for reads and writes of size_of::<T>()
+    // bytes, the size given, and the kernel takes any prefix of the union as the rest being zero.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
 }
@@ -295,46 +295,72 @@ pub(super) fn create_map(
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Writes one entry (BPF_ANY). `value` must have the map's value size.
+/// Writes one entry (BPF_ANY).
+///
+/// # Errors
+/// EINVAL when entries of this map are not of this size, or what else the kernel says.
 pub(super) fn update(map: BorrowedFd<'_>, key: u32, value: &[u8]) -> io::Result<()> {
+    check_entry(map, value.len())?;
     let mut attr = EntryAttr {
         map_fd: raw(map),
         key: std::ptr::from_ref(&key) as u64,
         value: value.as_ptr() as u64,
         ..Default::default()
     };
-    // SAFETY: key and value live across the call; callers in this module's parent pass slices of the very
-    // size the map was created with.
+    // SAFETY: EntryAttr is the prefix of bpf_attr for BPF_MAP_UPDATE_ELEM. Key and value live across the call, and have
+    // the sizes that the kernel reads: `check_entry` has compared them with the map's own, which never change.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
 }
 
-/// Reads one entry into `value`, which must have the map's value size.
+/// Reads one entry.
+///
+/// # Errors
+/// EINVAL when entries of this map are not of this size, or what else the kernel says.
 pub(super) fn lookup(map: BorrowedFd<'_>, key: u32, value: &mut [u8]) -> io::Result<()> {
+    check_entry(map, value.len())?;
     let mut attr = EntryAttr {
         map_fd: raw(map),
         key: std::ptr::from_ref(&key) as u64,
         value: value.as_mut_ptr() as u64,
         ..Default::default()
     };
-    // SAFETY: as in `update`; the kernel writes exactly the map's value size.
+    // SAFETY: EntryAttr is the prefix of bpf_attr for BPF_MAP_LOOKUP_ELEM. The key is read and the value, which is
+    // exclusively ours, is written with the sizes that `check_entry` has compared with the map's own.
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) }.map(drop)
-}
-
-/// Entries a map has room for.
-pub(super) fn capacity(map: BorrowedFd<'_>) -> io::Result<u32> {
-    let mut info = MapInfo::default();
-    let info_len = u32::try_from(size_of::<MapInfo>()).map_err(io::Error::other)?;
-    let mut attr = InfoAttr { fd: raw(map), info_len, info: std::ptr::from_mut(&mut info) as u64 };
-    // SAFETY: the kernel writes at most `info_len` bytes into `info`, which lives across the call.
-    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
-    Ok(info.max_entries)
 }
 
 /// Removes one entry.
 pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
     let mut attr = EntryAttr { map_fd: raw(map), key: std::ptr::from_ref(&key) as u64, ..Default::default() };
-    // SAFETY: key lives across the call.
+    // SAFETY: EntryAttr is the prefix of bpf_attr for BPF_MAP_DELETE_ELEM. Nothing is written, and of the key, which
+    // lives across the call, four bytes are read, or the call fails: all maps here that are deleted from have such keys.
     unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Entries a map has room for.
+pub(super) fn capacity(map: BorrowedFd<'_>) -> io::Result<u32> {
+    Ok(info(map)?.max_entries)
+}
+
+/// Whether the key of this map is a u32 and its value has so many bytes. A map may have come from the keeper, and be
+/// another version's: what the kernel reads and writes at our addresses is what the map says, not what we believe.
+fn check_entry(map: BorrowedFd<'_>, value_bytes: usize) -> io::Result<()> {
+    let info = info(map)?;
+    // Others have an entry for each processor.
+    let has_one_value =
+        [MapType::Array, MapType::ReuseportSockarray].iter().any(|kind| *kind as u32 == info.map_type);
+    let fits = info.key_size == 4 && usize::try_from(info.value_size) == Ok(value_bytes);
+    if has_one_value && fits { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
+}
+
+fn info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    let mut info = MapInfo::default();
+    let info_len = u32::try_from(size_of::<MapInfo>()).map_err(io::Error::other)?;
+    let mut attr = InfoAttr { fd: raw(map), info_len, info: std::ptr::from_mut(&mut info) as u64 };
+    // SAFETY: InfoAttr is the prefix of bpf_attr for BPF_OBJ_GET_INFO_BY_FD. Whatever BPF object it is, the kernel writes
+    // at most `info_len` bytes into `info`, which lives across the call and takes any bytes.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info)
 }
 
 /// Loads a program. One without functions needs no type information.
@@ -362,7 +388,8 @@ pub(super) fn load_program(name: &str, purpose: Purpose, program: &Program) -> R
 fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
     let size = u32::try_from(types.len()).map_err(io::Error::other)?;
     let mut attr = TypesAttr { btf: types.as_ptr() as u64, size, ..Default::default() };
-    // SAFETY: the blob lives across the call and has the size given; the descriptor is new and ours.
+    // SAFETY: TypesAttr is the prefix of bpf_attr for BPF_BTF_LOAD. The blob lives across the call and has the size given,
+    // there is no log to be written; the descriptor is new, the kernel has given it to nobody else.
     unsafe { bpf(BPF_BTF_LOAD, &mut attr).map(|fd| OwnedFd::from_raw_fd(fd)) }
 }
 
@@ -390,7 +417,9 @@ fn load_with_log(
         func_info_cnt: u32::try_from(infos.len()).map_err(io::Error::other)?,
         ..Default::default()
     };
-    // SAFETY: instructions, licence, function records and log live across the call and have the sizes given.
+    // SAFETY: LoadAttr is the prefix of bpf_attr for BPF_PROG_LOAD (its fields leave no padding). Instructions, licence,
+    // function records (two words each: 8 bytes) and log live across the call and have the sizes given. Only the log is
+    // written to, and `log` is borrowed mutably.
     unsafe { bpf(BPF_PROG_LOAD, &mut attr) }
 }
 

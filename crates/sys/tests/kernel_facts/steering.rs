@@ -278,6 +278,21 @@ fn steering_outlives_its_descriptors_and_can_be_taken_over() {
     });
 }
 
+/// As what a keeper of another version might have held.
+#[test]
+fn maps_that_are_others_than_believed_are_neither_read_nor_written() {
+    with(&[Need::Bpf], || {
+        let steer = EbpfGroup::new(16, None).unwrap();
+        let [sockets, plans, control, counters, probes, program] =
+            steer.fds().map(|fd| fd.try_clone_to_owned().unwrap());
+        // The kernel would write a whole plan record to where there is room for a number.
+        let wrong = EbpfGroup::from_fds([sockets, counters, plans, control, probes, program]);
+        for result in [wrong.selected().map(drop), wrong.select(1), wrong.clear_counters(0)] {
+            assert_eq!(result.unwrap_err().errno(), Some(libc::EINVAL));
+        }
+    });
+}
+
 #[test]
 fn a_group_whose_maps_are_lost_can_be_taken_over() {
     with(&[Need::Bpf], || {
