@@ -65,7 +65,8 @@ pub fn binds_with_reuseport(procs: BorrowedFd<'_>, address: SocketAddr) -> io::R
 /// Async-signal-safe; the socket is left to the end of the process.
 fn try_bind(family: libc::c_int, address: &SockAddr) -> io::Result<bool> {
     let (mut set, mut length): (libc::c_int, libc::socklen_t) = (0, 4);
-    // SAFETY: plain system calls on an address and an option value that live across them.
+    // SAFETY: the address is socket2's, valid for its own length; the option value is an int, as `length` says (4), and
+    // both live across the call that writes them. The socket is this function's, and closed with the process.
     unsafe {
         let socket = crate::check(libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))?;
         crate::check(libc::bind(socket, address.as_ptr().cast(), address.len()))?;

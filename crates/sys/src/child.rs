@@ -191,7 +191,8 @@ pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
             .then(|| spec.executable.fd().as_raw_fd()),
         result: writer.as_raw_fd(),
     };
-    // SAFETY: `fork` runs it in the child.
+    // SAFETY: `fork` runs it in the child alone, once. All it points to (arguments, environment, the held file) is owned or
+    // borrowed by `prepared` and `spec`, which both outlive the child's use of its copy of them.
     let pid = fork(|| unsafe { run_child(&mut prepared) }).map_err(failed(Step::Fork))?;
     drop(writer);
     if let Some(error) = read_result(reader) {
@@ -200,7 +201,7 @@ pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Spawned, SpawnError> {
     }
     // The pid can't have been reused: nobody but us can reap the child.
     let pidfd = pidfd::open(pid).map_err(|error| {
-        // SAFETY: plain system call on our own unreaped child.
+        // SAFETY: two numbers. The child is ours and not reaped, so that its pid is nobody else's.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         let _ = wait(pid);
         failed(Step::Pidfd)(error)
@@ -236,10 +237,11 @@ fn write_pid(entry: &mut [u8], pid: u32) {
 /// Forks with all signals blocked: a handler that ran in the child would write to the master's signal pipe. What the
 /// child does may be async-signal-safe calls only; its result becomes the exit code.
 pub(crate) fn fork(run: impl FnOnce() -> libc::c_int) -> io::Result<i32> {
-    // SAFETY: all-zero sets are valid, and both are initialised before they are read.
+    // SAFETY: a sigset_t is an array of integers, of which all-zero is one. (Filled in below, before it is used.)
     let (mut all, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
-    // SAFETY: plain calls on local sets. The process has one thread (see the module's description), so its memory
-    // is consistent in the child, which ends here.
+    // SAFETY: the sets are local and live across the calls. The process has one thread (see the module's description), so
+    // no lock is held by a thread that the child lacks, and its memory is consistent. `run` neither allocates nor unwinds,
+    // as this function's callers promise, and the child never returns from here: nothing is dropped twice.
     unsafe {
         libc::sigfillset(&raw mut all);
         check(libc::sigprocmask(libc::SIG_SETMASK, &raw const all, &raw mut before))?;
@@ -259,7 +261,8 @@ pub(crate) fn fork(run: impl FnOnce() -> libc::c_int) -> io::Result<i32> {
 /// # Safety
 /// Only in a just forked child.
 unsafe fn run_child(prepared: &mut Prepared<'_>) -> libc::c_int {
-    // SAFETY: every call below is a plain system call on memory that was prepared before the fork and is still there.
+    // SAFETY: this is a just forked child, as the caller says, which `perform` asks for. errno is this thread's own, at
+    // an address that is always valid, and `report` lives across write(2).
     unsafe {
         for step in CHILD_STEPS {
             if perform(step, prepared) < 0 {
@@ -279,7 +282,8 @@ unsafe fn run_child(prepared: &mut Prepared<'_>) -> libc::c_int {
 /// Only in a just forked child.
 unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
     let spec = prepared.spec;
-    // SAFETY: as in `run_child`.
+    // SAFETY: in a just forked child, as the caller says. setpgid and prctl take numbers; `directory` is a C string of the
+    // spec's, which lives as long as `prepared`.
     unsafe {
         match step {
             Step::Session => libc::setsid(),
@@ -306,7 +310,7 @@ unsafe fn perform(step: Step, prepared: &mut Prepared<'_>) -> libc::c_int {
 /// The C library's way of telling a result.
 fn with_errno(result: rustix::io::Result<()>) -> libc::c_int {
     let Err(errno) = result else { return 0 };
-    // SAFETY: this thread's own errno.
+    // SAFETY: the C library's address of this thread's own errno is always valid, and nobody else writes there.
     unsafe { *libc::__errno_location() = errno.raw_os_error() };
     -1
 }
@@ -324,7 +328,8 @@ unsafe fn set_limit(limit: &Limit) -> libc::c_int {
 /// # Safety
 /// Only in a just forked child.
 unsafe fn place_descriptors(prepared: &mut Prepared<'_>) -> libc::c_int {
-    // SAFETY: descriptor numbers only; the child's table is its own.
+    // SAFETY: all calls take numbers. The child's table is a copy of the master's, so that nobody's descriptor is closed or
+    // replaced under an owner: the child owns none (it runs no destructors), and executes or ends.
     unsafe {
         let sources = prepared.fds.iter_mut().map(|(source, _)| source).chain(&mut prepared.held);
         for fd in std::iter::once(&mut prepared.result).chain(sources) {
@@ -353,8 +358,11 @@ unsafe fn exec(prepared: &mut Prepared<'_>) -> libc::c_int {
         write_pid(entry, std::process::id());
     }
     let (argv, envp) = (prepared.argv.as_ptr(), prepared.envp.as_ptr());
-    // SAFETY: null-terminated arrays of C strings that outlive the fork; signal sets are local. Dispositions go back
-    // to the default before signals are let in, so no handler of the master runs here.
+    // SAFETY: both arrays end with a null pointer and point to C strings: of the spec, or `pid_entries`, which end with a
+    // zero byte that `write_pid` leaves alone (it writes at most the digits there is room for). `default` is larger than
+    // any architecture's sigaction, and all-zero is SIG_DFL without flags; the signal sets are local and initialised
+    // before they are used. Dispositions go back to the default before signals are let in, so no handler of the master
+    // runs here.
     unsafe {
         if let Some(mask) = prepared.spec.umask {
             libc::umask(mask);
@@ -396,7 +404,7 @@ fn read_result(reader: OwnedFd) -> Option<SpawnError> {
 pub(crate) fn wait(pid: i32) -> io::Result<i32> {
     let mut status = 0;
     loop {
-        // SAFETY: plain system call; the status lives across it.
+        // SAFETY: the kernel writes one int into `status`, which lives across the call.
         match check(unsafe { libc::waitpid(pid, &raw mut status, 0) }) {
             Ok(_) if libc::WIFEXITED(status) => return Ok(libc::WEXITSTATUS(status)),
             Ok(_) => return Ok(-1),

@@ -75,14 +75,15 @@ pub fn take_carried(number: i32) -> io::Result<OwnedFd> {
         let message = format!("descriptor {number} is not one that can be carried");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    // SAFETY: only asked about and marked while it is borrowed, and nobody closes it between the two: who could is
-    // its owner, and it has none, see below.
+    // SAFETY: the number is not -1, which stands for none. It is borrowed for one question, which is answered by EBADF if
+    // nothing is open there; nobody closes it meanwhile: this process has one thread.
     let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) })?;
     if flags.contains(FdFlags::CLOEXEC) {
         let message = format!("descriptor {number} was not carried here, or has been taken already");
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
     }
-    // SAFETY: it is open, and no part of this image owns it: whatever an owner holds is close-on-exec.
+    // SAFETY: it is open, as it has just answered, and no part of this image owns it: whatever an owner holds is
+    // close-on-exec, but for 0, 1 and 2, which are refused above.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
     Ok(fd)

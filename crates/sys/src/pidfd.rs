@@ -102,10 +102,12 @@ pub fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
 /// # Errors
 /// When the descriptor is no pidfd.
 pub fn exit_of_stranger(pidfd: BorrowedFd<'_>) -> io::Result<Option<Exit>> {
-    // SAFETY: plain numbers, for which all zero is valid.
+    // SAFETY: a pidfd_info is nothing but integers, of which all-zero is valid.
     let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
     info.mask = libc::PIDFD_INFO_EXIT.into();
-    // SAFETY: the kernel reads and writes the record, whose size is part of the request's number.
+    // SAFETY: the kernel reads and writes one record, whose size is part of the request's number, and which lives across
+    // the call. The number is of no other kind of file (0xFF is the type of pidfd's requests): what is no
+    // pidfd answers ENOTTY.
     let asked = check(unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) });
     match asked.map_err(|error| (error.raw_os_error(), error)) {
         Ok(_) if info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0 => Ok(exit_of_wait_status(info.exit_code)),

@@ -97,7 +97,9 @@ impl SignalPipe {
             pending.fetch_or(signal.bit(), Ordering::SeqCst);
             let _ = rustix::io::write(&*writer, &[0]);
         };
-        // SAFETY: the action is async-signal-safe: one atomic operation and one write(2), no allocation.
+        // SAFETY: the action is async-signal-safe and does not unwind: one atomic operation and one write(2), which rustix
+        // makes without touching errno; no allocation, no lock. What it uses it owns a share of, so that it is there as
+        // long as the action is registered. None of the signals is one that must not be caught.
         self.registrations.push(unsafe { signal_hook::low_level::register(signal as i32, note) }?);
         Ok(())
     }

@@ -152,7 +152,8 @@ pub fn shutdown_read(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// Sets an integer option at SOL_SOCKET that no safe crate offers.
 pub(crate) fn set_option(fd: BorrowedFd<'_>, option: i32, value: i32) -> io::Result<()> {
     let size: libc::socklen_t = size_of::<i32>().try_into().map_err(io::Error::other)?;
-    // SAFETY: the option value is an int that lives across the call.
+    // SAFETY: the option value is an int that lives across the call. An option for which the kernel wants more, an address
+    // among it, is refused by its size.
     let result = unsafe {
         libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, std::ptr::from_ref(&value).cast(), size)
     };
@@ -292,8 +293,10 @@ fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(Received, l
     let bytes = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
     let bytes = usize::try_from(bytes).map_err(|_| io::Error::last_os_error())?;
     let mut received = Received { bytes, ..Received::default() };
-    // SAFETY: recvmsg has filled in the control area and its length; the CMSG macros stay within it. Descriptors
-    // found there were given to this process just now and to nobody else.
+    // SAFETY: recvmsg has succeeded, so it has set the length of what it wrote into the control area, which is aligned for
+    // cmsghdr and untouched since; the CMSG macros stay within that length. `cmsg_len` is the kernel's: never less than the
+    // header's own (so the subtraction can't wrap), and no more than what is there. Descriptors found there were given to
+    // this process just now and to nobody else, each once.
     unsafe {
         let mut at = libc::CMSG_FIRSTHDR(&raw const header);
         while !at.is_null() {
