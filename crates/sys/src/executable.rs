@@ -29,10 +29,15 @@ impl FileIdentity {
             dev: stat.st_dev,
             inode: stat.st_ino,
             size: stat.st_size.cast_unsigned(),
-            ctime: (stat.st_ctime, stat.st_ctime_nsec.cast_signed()),
-            mtime: (stat.st_mtime, stat.st_mtime_nsec.cast_signed()),
+            ctime: (stat.st_ctime, nanoseconds(stat.st_ctime_nsec)),
+            mtime: (stat.st_mtime, nanoseconds(stat.st_mtime_nsec)),
         }
     }
+}
+
+/// rustix's two ways to the kernel (under Miri it goes by the C library) differ in the type. It always fits.
+fn nanoseconds(part: impl TryInto<i64>) -> i64 {
+    part.try_into().unwrap_or_default()
 }
 
 /// An executable, held open.

@@ -231,6 +231,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn our_own_process_is_as_the_system_says() {
         let pid = i32::try_from(std::process::id()).unwrap();
         assert_eq!(parent_of(pid).unwrap(), i32::try_from(std::os::unix::process::parent_id()).unwrap());
@@ -268,6 +269,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn sockets_are_told_from_other_descriptors() {
         assert_eq!(socket_inode("socket:[123]"), Some(123));
         assert_eq!(socket_inode("pipe:[123]"), None);

@@ -60,6 +60,7 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn a_listener_and_its_connections_are_told_apart() {
         let path = std::env::temp_dir().join(format!("reuseportd sys unix {}", std::process::id()));
         let listener = UnixListener::bind(&path).unwrap();

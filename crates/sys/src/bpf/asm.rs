@@ -281,6 +281,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "long, and without unsafe")]
     fn labels_must_add_up() {
         let mut asm = Assembler::new();
         asm.jump("nowhere");

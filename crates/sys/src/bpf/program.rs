@@ -414,5 +414,7 @@ fn ends(asm: &mut Assembler, maps: &Maps) {
 
 pub mod flows;
 
+// An interpreter in an interpreter takes hours.
 #[cfg(test)]
+#[cfg(not(miri))]
 mod tests;
