@@ -47,6 +47,11 @@ impl Slots {
         is_sure
     }
 
+    /// Every socket that was in a slot is there still.
+    pub(crate) fn is_longer(&self, before: &Slots) -> bool {
+        self.cookies().starts_with(&before.cookies())
+    }
+
     /// The socket of a listener.
     pub(crate) fn cookie_of(&self, listener: ListenerId) -> Option<u64> {
         self.0.iter().find(|member| member.listener == Some(listener)).map(|member| member.cookie)

@@ -295,10 +295,13 @@ impl Master {
             }
             return self.retirements_observed(id);
         }
+        let before = group.slots.clone();
         if let Some(released) = group.released.take() {
             group.slots.note_left(released, &view.members);
         }
         let is_sure = group.slots.sync(&view.members);
+        // A socket left that nobody watched: the program may name slots by which others are meant now, or nobody.
+        group.is_stale |= self.engine == Engine::Cbpf && !group.slots.is_longer(&before);
         for (listener, depth) in &view.depths {
             if let Some(listener) = self.listeners.get_mut(listener) {
                 listener.depth = Some(*depth);
