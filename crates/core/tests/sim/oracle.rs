@@ -357,7 +357,9 @@ impl Oracle {
         }
         // What a handshake may take after the switch is bounded, where the kernel does not move it.
         let age = Duration::from_nanos(now - client.since);
-        let is_removed = !self.protocol.promises(socket.group);
+        // Nobody may be left where the last master could get no handle, either.
+        let is_removed =
+            !self.protocol.promises(socket.group) || self.protocol.loose.contains(&socket.group);
         if client.handshake >= self.protocol.settle_min() && (self.engine == Engine::Cbpf || is_removed) {
             self.tally.excused += 1;
             return;
@@ -412,6 +414,7 @@ impl Oracle {
                 && worker.runs
                 && self.is_steered_to(group, worker.generation)
                 && self.protocol.is_serving(*id)
+                && !self.protocol.is_given_up(*id)
         };
         let mut takers = workers.iter().filter(|(id, worker)| serves(id, worker)).peekable();
         takers.peek().is_some() && takers.all(|(_, worker)| worker.temper.takes)
