@@ -3,9 +3,9 @@
 use crate::shell::{GROUP, Shell};
 use crate::{KILLED, SECOND, serve, signal, spawn, stop};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Generation, GenerationState, ListenerId, MasterState, Number, Outcome,
-    Plan, Policy, Problem, Readiness, Reason, Report, Seat, Signal, StopMode, Ticket, Trigger, Verdict, Wait,
-    WorkerId,
+    Command, Engine, Event, Exit, Generation, GenerationState, GroupView, ListenerId, MasterState, Member,
+    Number, Outcome, Plan, Policy, Problem, Readiness, Reason, Report, Seat, Signal, StopMode, Ticket,
+    Trigger, Verdict, Wait, WorkerId,
 };
 use std::time::Duration;
 
@@ -393,5 +393,19 @@ fn a_worker_whose_socket_nobody_holds_any_more_is_replaced() {
         let mut shell = unaware(engine, &taking_datagrams(2));
         shell.is_succeeded(&[1]);
         assert!(shell.has_said(&signal(1, Signal::Stop)) && !shell.has_said(&signal(2, Signal::Stop)));
+    }
+}
+
+#[test]
+fn what_nobody_has_looked_at_is_neither_idle_nor_empty() {
+    for (plan, keeps_flows) in [(keeping_flows(1), true), (taking_datagrams(1), false)] {
+        let mut shell = unaware(Engine::Ebpf, &plan);
+        let members = [1, 2].map(|id| Member { cookie: u64::from(id), listener: Some(ListenerId(id)) });
+        shell.shown = Some(GroupView { members: members.to_vec(), ..GroupView::default() });
+        shell.launch(plan, Trigger::Signal);
+        shell.listens(2);
+        shell.pass(SECOND * 5);
+        assert!(!shell.has_said(&signal(1, Signal::Stop)));
+        assert!(shell.evicted() == 0 || !keeps_flows, "where none are kept, none can be alive");
     }
 }

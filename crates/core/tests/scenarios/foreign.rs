@@ -267,3 +267,20 @@ fn it_is_not_watched() {
     shell.pass(SECOND * 5);
     assert_eq!(shell.signals_to_server(), []);
 }
+
+#[test]
+fn the_master_after_one_that_let_go_of_it_steers_nothing() {
+    let mut shell = Shell::taking_over(Plan { config: 2, workers: 2, configured: 2, ..plan() });
+    shell.ready(2);
+    shell.ready(3);
+    shell.exits(2, KILLED);
+    shell.pass(SECOND);
+    shell.drains(3);
+    shell.pass(SECOND);
+    assert!(shell.has_said(&let_go()));
+    shell.is_succeeded(&[]);
+    shell.pass(SECOND);
+    let steers =
+        |said: &Command| matches!(said, Command::Steer { .. } | Command::Report(Report::SteerFailed(..)));
+    assert!(!shell.said.iter().any(steers), "{:?}", shell.said);
+}
