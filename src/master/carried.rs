@@ -162,23 +162,26 @@ fn arrive<T: Carry>(entry: &Entry<T::Rest>) -> io::Result<Result<Carried<T>, Str
     Ok(Ok(Carried { name: entry.name, inner: T::join(fds, entry.rest.clone())? }))
 }
 
-/// A text with the descriptors it names.
-#[derive(Debug)]
+/// The descriptors that a text names.
+#[derive(Debug, Default)]
 pub(super) struct Written {
-    pub(super) text: Vec<u8>,
     /// Every name in it.
     pub(super) names: BTreeSet<String>,
     /// Duplicates of those that were not there already.
     pub(super) fds: BTreeMap<String, OwnedFd>,
 }
 
-/// Writes a value down; descriptors under these names are not duplicated, since whoever gets the text has them.
-pub(super) fn write<T: Serialize>(value: &T, there: BTreeSet<String>) -> Result<Written, serde_json::Error> {
+/// Writes a value down, at the end of this; descriptors under these names are not duplicated, since whoever gets the text has them.
+pub(super) fn write<T: Serialize>(
+    to: &mut impl io::Write,
+    value: &T,
+    there: BTreeSet<String>,
+) -> Result<Written, serde_json::Error> {
     PASSAGE.set(Some(Passage::Out(there, BTreeSet::new(), BTreeMap::new())));
-    let text = serde_json::to_vec(value);
-    match (text, PASSAGE.take()) {
-        (Ok(text), Some(Passage::Out(_, names, fds))) => Ok(Written { text, names, fds }),
-        (text, _) => text.map(|text| Written { text, names: BTreeSet::new(), fds: BTreeMap::new() }),
+    let done = serde_json::to_writer(to, value);
+    match (done, PASSAGE.take()) {
+        (Ok(()), Some(Passage::Out(_, names, fds))) => Ok(Written { names, fds }),
+        (done, _) => done.map(|()| Written::default()),
     }
 }
 
@@ -346,12 +349,17 @@ mod tests {
         let spare = File::open("/dev/null").unwrap();
         let table = Table { needed: Carried::new(writer.into()), spare: Some(Carried::new(spare)) };
         let spare_name = table.spare.as_ref().unwrap().names().next().unwrap();
-        let mut written = write(&table, BTreeSet::new()).unwrap();
+        let mut text = Vec::new();
+        let mut written = write(&mut text, &table, BTreeSet::new()).unwrap();
         assert_eq!((written.names.len(), written.fds.len()), (2, 2));
-        assert_eq!(write(&table, written.names.clone()).unwrap().fds.len(), 0, "all of them are there");
+        assert_eq!(
+            write(&mut io::sink(), &table, written.names.clone()).unwrap().fds.len(),
+            0,
+            "all of them are there"
+        );
         drop(table);
         drop(written.fds.remove(&spare_name));
-        let table: Table = read(&written.text, Some(&mut written.fds)).unwrap();
+        let table: Table = read(&text, Some(&mut written.fds)).unwrap();
         assert!(table.spare.is_none(), "its descriptor is gone");
         File::from(table.needed.try_clone().unwrap()).write_all(b"carried").unwrap();
         let name = table.needed.name;
@@ -360,7 +368,7 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "carried");
         assert!(Carried::new(File::open("/dev/null").unwrap()).name > name);
-        assert!(read::<Table>(&written.text, Some(&mut BTreeMap::new())).is_err(), "a needed one is missing");
-        assert!(read::<Table>(&written.text, None).is_ok(), "it is understood");
+        assert!(read::<Table>(&text, Some(&mut BTreeMap::new())).is_err(), "a needed one is missing");
+        assert!(read::<Table>(&text, None).is_ok(), "it is understood");
     }
 }

@@ -2,7 +2,7 @@
 //! workers' pids in the journal.
 
 use std::fs;
-use std::io;
+use std::io::{self, BufWriter};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -85,8 +85,9 @@ impl Shell {
 
     /// Gives a keeper all that it does not hold yet.
     fn fill(&self, keeper: &mut Keeper) -> io::Result<()> {
-        let written = self.state_for_keeper(keeper.held().clone()).map_err(io::Error::other)?;
-        let state = memfd::sealed("reuseportd-state", &written.text)?;
+        let mut state = BufWriter::new(memfd::open("reuseportd-state")?);
+        let written = self.state_for_keeper(&mut state, keeper.held().clone()).map_err(io::Error::other)?;
+        let state = memfd::seal(state.into_inner()?)?;
         let new: Vec<_> = written.fds.iter().map(|(name, fd)| (name.clone(), fd.as_fd())).collect();
         keeper.update(&written.names, &new)?;
         keeper.save(state.as_fd())

@@ -229,26 +229,34 @@ fn head(fds: BTreeMap<String, i32>) -> Result<Vec<u8>, SnapshotError> {
 }
 
 impl Shell {
-    /// The state, for a keeper that has the descriptors of these names already.
-    pub(super) fn state_for_keeper(&self, there: BTreeSet<String>) -> Result<Written, SnapshotError> {
-        let state = self.write_state(there)?;
-        let text = [head(BTreeMap::new())?, state.text].concat();
-        Ok(Written { text, ..state })
+    /// Writes the state, for a keeper that has the descriptors of these names already. Never is all of it in memory.
+    pub(super) fn state_for_keeper(
+        &self,
+        to: &mut impl io::Write,
+        there: BTreeSet<String>,
+    ) -> Result<Written, SnapshotError> {
+        to.write_all(&head(BTreeMap::new())?).map_err(serde_json::Error::io)?;
+        self.write_state(to, there)
     }
 
     /// The state for the next image, and duplicates of all descriptors in it, which it finds under their numbers.
     pub(super) fn state_for_exec(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), SnapshotError> {
-        let state = self.write_state(BTreeSet::new())?;
+        let (mut text, mut own) = (Vec::new(), Vec::new());
+        let state = self.write_state(&mut text, BTreeSet::new())?;
         let (clients, runtime, keeper) = (&self.clients, &self.runtime, &self.keeper);
         let belongings = OutgoingBelongings { clients, runtime, keeper, dropped: self.dropped.bits() };
-        let belongings = carried::write(&belongings, BTreeSet::new())?;
+        let belongings = carried::write(&mut own, &belongings, BTreeSet::new())?;
         let fds: BTreeMap<String, OwnedFd> = state.fds.into_iter().chain(belongings.fds).collect();
         let numbers = fds.iter().map(|(name, fd)| (name.clone(), fd.as_raw_fd())).collect();
-        let text = [head(numbers)?, state.text, b"\n".into(), belongings.text].concat();
+        let text = [head(numbers)?, text, b"\n".into(), own].concat();
         Ok((text, fds.into_values().collect()))
     }
 
-    fn write_state(&self, there: BTreeSet<String>) -> Result<Written, SnapshotError> {
+    fn write_state(
+        &self,
+        to: &mut impl io::Write,
+        there: BTreeSet<String>,
+    ) -> Result<Written, SnapshotError> {
         let taking = self.taking.iter().map(|((worker, name), listener)| (*worker, name.clone(), *listener));
         let state = Outgoing {
             saved: &clock::now(),
@@ -278,6 +286,6 @@ impl Shell {
             notify_rejected: &self.notify_rejected,
             limits: &self.limits,
         };
-        Ok(carried::write(&state, there)?)
+        Ok(carried::write(to, &state, there)?)
     }
 }

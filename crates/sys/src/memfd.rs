@@ -1,10 +1,11 @@
 //! Snapshots in memory: a file without a name that nobody can change any more.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
-use rustix::io::{Errno, pread, pwrite};
+use rustix::io::{Errno, pread};
 
 /// Bytes [`read`] takes at most.
 const BYTES_MAX: u64 = 64 * 1024 * 1024;
@@ -15,18 +16,31 @@ const BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// # Errors
 /// When the name has a NUL byte or more than 249 bytes, or memory or descriptors run out.
 pub fn sealed(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = open(name)?;
+    file.write_all(bytes)?;
+    seal(file)
+}
+
+/// An empty file in memory, close-on-exec, to be [sealed](seal) when it is written.
+///
+/// # Errors
+/// As of [`sealed`].
+pub fn open(name: &str) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+    Ok(match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
         // Linux before 6.3 knows nothing of it; later ones can be set up to refuse anything else.
-        Err(Errno::INVAL) => memfd_create(name, flags)?,
-        result => result?,
-    };
-    let mut at = 0;
-    while at < bytes.len() {
-        at += pwrite(&file, &bytes[at..], at as u64)?;
-    }
+        Err(Errno::INVAL) => memfd_create(name, flags)?.into(),
+        result => result?.into(),
+    })
+}
+
+/// From now on nobody can change the file, or lift the seals.
+///
+/// # Errors
+/// `PermissionDenied` of one that is sealed already.
+pub fn seal(file: File) -> io::Result<OwnedFd> {
     fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-    Ok(file)
+    Ok(file.into())
 }
 
 /// The whole content of a file, from its start, wherever its position is.
@@ -56,6 +70,7 @@ pub fn read(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
 mod tests {
     use super::*;
     use rustix::fs::{SeekFrom, ftruncate, seek};
+    use rustix::io::pwrite;
 
     #[test]
     fn what_was_sealed_is_read_and_can_not_be_changed() {
