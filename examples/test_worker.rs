@@ -18,7 +18,7 @@ use std::env;
 use std::error::Error;
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process;
@@ -217,7 +217,9 @@ fn speak_the_protocol(options: &Options) -> Result<(), Box<dyn Error>> {
 fn listen_myself(options: &Options, stopped: Option<&OwnedFd>) -> Result<(), Box<dyn Error>> {
     let text = env::var(variables::LISTEN).unwrap_or_else(|_| options.listen.clone());
     let passed = if options.mode == Mode::Activated { passed()? } else { BTreeMap::new() };
-    let mut sockets = Vec::new();
+    // Of those with a path there is one each.
+    let unix = variables::parse_unix_listen(&text)?.into_iter().filter_map(|unix| passed.get(&unix.name));
+    let mut sockets = unix.map(Socket::try_clone).collect::<io::Result<Vec<Socket>>>()?;
     for listen in variables::parse_listen(&text)? {
         for _ in 0..options.threads {
             sockets.push(match passed.get(&listen.name) {
@@ -257,7 +259,7 @@ fn serve_until(options: &Options, sockets: Vec<Socket>, stopped: Option<&OwnedFd
         let serve = |socket: Socket| {
             threads.spawn(move || match is_datagram(&socket)? {
                 true => datagrams::receive_until(options, socket.into(), stopped, clients, threads),
-                false => accept_until(options, socket.into(), stopped, threads),
+                false => accept_until(options, socket, stopped, threads),
             })
         };
         let loops: Vec<_> = sockets.into_iter().map(serve).collect();
@@ -285,13 +287,14 @@ fn passed() -> io::Result<BTreeMap<String, Socket>> {
 /// Returns, and so closes the listener with whatever waits in its queue, when `stopped` can be read.
 fn accept_until<'scope>(
     options: &'scope Options,
-    listener: TcpListener,
+    listener: Socket,
     stopped: Option<&OwnedFd>,
     connections: &'scope Scope<'scope, '_>,
 ) -> io::Result<()> {
     let ended = until(&listener, stopped, || match listener.accept() {
         Ok((stream, _)) => {
-            serve(options, stream, connections);
+            // Of a socket with a path too: both are read and written alike.
+            serve(options, stream.into(), connections);
             if CLOSES.load(Ordering::Relaxed) { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),

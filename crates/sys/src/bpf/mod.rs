@@ -11,7 +11,7 @@ mod raw;
 pub mod steering;
 
 pub use flows::{FlowCounters, Flows};
-pub use raw::BpfError;
+pub use raw::{BpfError, Kind, ids};
 pub use steering::{
     CAPACITY_DEFAULT, COUNTER_SLOTS, Counters, EbpfGroup, PLAN_RECORDS, Plan, Probe, RANGE_KEYS, RANGES_MAX,
     Range,

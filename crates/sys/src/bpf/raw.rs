@@ -139,8 +139,11 @@ const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_PROG_LOAD: i32 = 5;
 const BPF_PROG_ATTACH: i32 = 8;
+const BPF_PROG_GET_NEXT_ID: i32 = 11;
+const BPF_MAP_GET_NEXT_ID: i32 = 12;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_BTF_LOAD: i32 = 18;
+const BPF_LINK_GET_NEXT_ID: i32 = 31;
 /// A later program takes the place of the one before; cgroups below may have others.
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
 const LOG_BYTES: usize = 256 * 1024;
@@ -229,6 +232,13 @@ struct TypesAttr {
 
 #[repr(C)]
 #[derive(Default)]
+struct NextIdAttr {
+    start_id: u32,
+    next_id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
 struct InfoAttr {
     fd: u32,
     info_len: u32,
@@ -245,6 +255,17 @@ struct MapInfo {
     value_size: u32,
     max_entries: u32,
     map_flags: u32,
+}
+
+/// What the kernel numbers for all of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Programs.
+    Program,
+    /// Maps.
+    Map,
+    /// Links.
+    Link,
 }
 
 /// Calls `bpf(2)`.
@@ -361,6 +382,29 @@ fn info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     // at most `info_len` bytes into `info`, which lives across the call and takes any bytes.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
+}
+
+/// The numbers of all objects there are on this machine, whoever made them. Needs CAP_SYS_ADMIN.
+///
+/// # Errors
+/// What the kernel says: EPERM without the right to ask.
+pub fn ids(kind: Kind) -> io::Result<Vec<u32>> {
+    let command = match kind {
+        Kind::Program => BPF_PROG_GET_NEXT_ID,
+        Kind::Map => BPF_MAP_GET_NEXT_ID,
+        Kind::Link => BPF_LINK_GET_NEXT_ID,
+    };
+    let (mut ids, mut attr) = (Vec::new(), NextIdAttr::default());
+    loop {
+        // SAFETY: NextIdAttr is the prefix of bpf_attr for these commands and holds no address.
+        match unsafe { bpf(command, &mut attr) } {
+            Ok(_) => ids.push(attr.next_id),
+            // Behind the last one.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(ids),
+            Err(error) => return Err(error),
+        }
+        attr.start_id = attr.next_id;
+    }
 }
 
 /// Loads a program. One without functions needs no type information.
