@@ -40,6 +40,7 @@ mod sdk;
 mod seats;
 mod security;
 mod server_starter;
+mod soak;
 mod socket_activation;
 mod sockets;
 mod stop;

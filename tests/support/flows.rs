@@ -46,6 +46,11 @@ impl Flows {
         Flows::started_with(spec, Some(alone()))
     }
 
+    /// So few that they measure no other load, and none hurts them.
+    pub(crate) fn light(spec: Spec) -> Flows {
+        Flows::started_with(spec, None)
+    }
+
     /// Further flows of the same test, which can end before the others.
     pub(crate) fn beside(&self, spec: Spec) -> Flows {
         Flows::started_with(spec, None)

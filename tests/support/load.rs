@@ -40,6 +40,11 @@ impl Load {
         Load::started_with(spec, Some(alone()))
     }
 
+    /// One that is too light to be measured by others, or to be hurt by them.
+    pub(crate) fn light(spec: Spec) -> Load {
+        Load::started_with(spec, None)
+    }
+
     /// A further load of the same test, on another address.
     pub(crate) fn beside(&self, spec: Spec) -> Load {
         Load::started_with(spec, None)

@@ -99,6 +99,11 @@ impl<'a> Master<'a> {
         &self.world.app
     }
 
+    /// The directory of its control socket.
+    pub(crate) fn runtime(&self) -> PathBuf {
+        self.world.path("run")
+    }
+
     /// Waits for READY=1.
     pub(crate) fn wait_ready(&mut self) {
         let ready = self.upstream.wait(0, "READY=1", PATIENCE);
