@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use reuseportd_wire::status::{MasterState, Outcome, Status, WorkerState};
 
-use self::sample::{Bpf, Sample};
+use self::sample::{Bpf, Sample, cgroup_of, nothing_is_left};
 use self::table::Table;
 use crate::reexec::reexec;
 use crate::support::app::{App, test_worker};
@@ -145,7 +145,7 @@ impl<'a> Soak<'a> {
 fn soak(engine: &'static str) {
     world(&[Need::Root, Need::Bpf], |world| {
         let asked = std::env::var("REUSEPORTD_TEST_SOAK").ok().map(|upgrades| upgrades.parse().unwrap());
-        let upgrades: u32 = asked.unwrap_or_else(|| rounds(60, 1000));
+        let upgrades: u32 = asked.unwrap_or_else(|| rounds(80, 1000));
         let between = if upgrades < 200 { 20 } else { 50 };
         let bpf = Bpf::before();
         let mut soak = Soak::start(world, engine);
@@ -153,15 +153,16 @@ fn soak(engine: &'static str) {
         while soak.upgrades < upgrades {
             for kind in &KINDS {
                 // A new image of the master has new memory, in which nothing would add up.
-                let with_reexec = soak.upgrades >= upgrades / 5 * 4;
+                let with_reexec = soak.upgrades + between.max(upgrades / 5) >= upgrades;
                 soak.stretch(kind, between / KINDS.len() as u32, with_reexec);
             }
             let status = soak.alone();
             let sample = Sample::settled(&soak.master, &bpf, table.first());
             table.add(soak.upgrades, status.master.reexecs, soak.made, soak.lost, sample);
         }
+        let cgroup = cgroup_of(&soak.master);
         soak.master.stop();
-        bpf.nothing_is_left();
+        nothing_is_left(cgroup.as_deref());
         table.finish();
     });
 }
