@@ -368,7 +368,7 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "carried");
         assert!(Carried::new(File::open("/dev/null").unwrap()).name > name);
-        assert!(read::<Table>(&text, Some(&mut BTreeMap::new())).is_err(), "a needed one is missing");
-        assert!(read::<Table>(&text, None).is_ok(), "it is understood");
+        assert!(read::<Table>(text.as_bytes(), Some(&mut BTreeMap::new())).is_err(), "a needed one is missing");
+        assert!(read::<Table>(text.as_bytes(), None).is_ok(), "it is understood");
     }
 }

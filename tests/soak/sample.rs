@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use reuseportd_sys::bpf::{Kind, ids};
 
-use crate::support::PATIENCE;
 use crate::support::master::Master;
 use crate::support::process::{keepers_of, processes_of, state_of};
 
