@@ -124,8 +124,10 @@ impl Master {
         if place.worker == Some(id) {
             // The one that is on its way needs no other beside it.
             place.worker = place.next.take();
-            let next = place.worker.and_then(|next| self.workers.get(&next));
-            place.filled = next.map_or(self.now, |next| next.spawned);
+            // How long the one that ended ran decides about the pause before another.
+            if let Some(next) = place.worker.and_then(|next| self.workers.get(&next)) {
+                place.filled = next.spawned;
+            }
         } else {
             place.next = None;
             return true;

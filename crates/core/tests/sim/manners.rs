@@ -82,6 +82,11 @@ impl Protocol {
             Some(before) => (before * 2).min(plan.backoff_max),
         };
         assert!(pause >= least, "{seat:?} of {generation:?} pauses {pause:?}, not {least:?}");
+        let is_forgiven = ran >= plan.stable_after && !pause.is_zero();
+        assert!(
+            !is_forgiven,
+            "{seat:?} of {generation:?} pauses {pause:?} after a worker that ran for {ran:?}"
+        );
         *respawns =
             Respawns { pause: Some(pause), after: now + u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX) };
     }
