@@ -20,6 +20,8 @@ mod orphans;
 mod outside;
 mod phases;
 mod protocol;
+mod reach;
+mod receipts;
 mod regressions;
 mod rng;
 mod scaling;
@@ -226,6 +228,9 @@ impl World {
         }
         if let Some(missing) = self.oracle.missing_handle(&self.kernel, &self.workers) {
             return Some(format!("no handle of {missing:?}"));
+        }
+        if let Some(unreached) = self.oracle.unreached(&self.kernel, &self.workers) {
+            return Some(format!("{unreached:?} is never chosen"));
         }
         let spare = self.oracle.spare_handle(&self.kernel, &self.workers)?;
         Some(format!("a handle of {spare:?} is left: {:?}", self.kernel.sockets[&spare]))

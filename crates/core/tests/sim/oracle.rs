@@ -3,6 +3,7 @@
 use crate::flows::Datagrams;
 use crate::kernel::{Choice, Kernel, Loss, Program, Socket};
 use crate::protocol::Protocol;
+use crate::receipts::Receipts;
 use crate::strays::Picked;
 use crate::workers::Worker;
 use reuseportd_core::{
@@ -49,6 +50,7 @@ pub(crate) struct Oracle {
     /// Handles that came too late, and go back at once.
     pub(crate) unwanted: BTreeSet<ListenerId>,
     pub(crate) datagrams: Datagrams,
+    receipts: Receipts,
     deadline_handled: bool,
 }
 
@@ -93,6 +95,7 @@ impl Oracle {
             unsaved: BTreeSet::new(),
             unwanted: BTreeSet::new(),
             datagrams: Datagrams::default(),
+            receipts: Receipts::default(),
             deadline_handled: false,
         }
     }
@@ -108,6 +111,7 @@ impl Oracle {
         {
             self.unwanted.extend(listeners.iter().map(|(_, listener)| *listener));
         }
+        self.receipts.event(event, self.protocol.is_stopping());
         self.protocol.event(event, now);
     }
 
@@ -117,6 +121,7 @@ impl Oracle {
         {
             *looked = true;
         }
+        self.receipts.command(command);
         self.judge_flows(command, now, kernel, workers);
         self.protocol.command(command, now, kernel, workers);
     }
@@ -143,6 +148,7 @@ impl Oracle {
             let present = self.protocol.active().map(|active| self.protocol.plans[&active].clone());
             plan.workers = self.protocol.scaling.launching(&plan, present.as_ref());
             plans.insert(*generation, plan);
+            self.receipts.launching(self.protocol.active());
         }
         if let Report::Scaled(generation, workers) = report
             && let Some(plan) = plans.get_mut(generation)
@@ -154,6 +160,7 @@ impl Oracle {
             self.unsure.insert(*group);
             self.tally.unsure += 1;
         }
+        self.receipts.report(report, kernel, workers);
         self.told_of_datagrams(report);
         if let Report::LeftoversLost(listener, count) = report {
             *self.admitted.entry(*listener).or_default() += count;
@@ -217,6 +224,7 @@ impl Oracle {
             self.refusing.extend(self.steered.keys());
         }
         self.protocol = protocol;
+        self.receipts.adopted();
         self.forget_untold();
         self.deadline_handled = false;
         if self.engine == Engine::Cbpf {
@@ -227,6 +235,7 @@ impl Oracle {
     /// A master that knows nothing but these processes: they are one generation from here on.
     pub(crate) fn orphaned(&mut self, protocol: Protocol, groups: impl Iterator<Item = GroupId>) {
         self.protocol = protocol;
+        self.receipts = Receipts::default();
         self.forget_untold();
         self.datagrams.forget_flows();
         self.deadline_handled = false;

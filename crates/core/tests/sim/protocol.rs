@@ -254,6 +254,7 @@ impl Protocol {
                 assert!(!life.reaped, "{command:?} of somebody forgotten");
             }
             Command::Listen { listener } => {
+                self.judge_listening(*listener, kernel);
                 let socket = &kernel.sockets[listener];
                 assert!(
                     holds(kernel, *listener) && (socket.stage == Stage::Bound || kernel.is_adopted),
