@@ -26,10 +26,12 @@ use crate::support::unix_load::UnixLoad;
 use crate::support::world::{Need, World, world};
 
 const WORKERS: u32 = 2;
+/// Between two samples.
+const STRETCHES: u32 = 5;
 
 /// The workers of a stretch of upgrades, one kind after the other. There are as many stretches between two samples, so
 /// that each sample finds the last kind.
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; STRETCHES as usize] = [
     Kind { options: "--mode plain", fails: "--mode plain --fail exit-after-listen", lines: &[] },
     Kind {
         options: "--mode activated",
@@ -154,7 +156,7 @@ fn soak(engine: &'static str) {
             for kind in &KINDS {
                 // A new image of the master has new memory, in which nothing would add up.
                 let with_reexec = soak.upgrades + between.max(upgrades / 5) >= upgrades;
-                soak.stretch(kind, between / KINDS.len() as u32, with_reexec);
+                soak.stretch(kind, between / STRETCHES, with_reexec);
             }
             let status = soak.alone();
             let sample = Sample::settled(&soak.master, &bpf, table.first());

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use super::sample::{COLUMNS, Sample};
@@ -75,7 +76,9 @@ fn surroundings() -> String {
         output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
     };
     let changed = if git(&["status", "--porcelain", "src", "crates"]).is_empty() { "" } else { ", changed" };
-    let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+    // Of `target/release` or `target/debug`.
+    let program = super::program();
+    let build = program.parent().and_then(Path::file_name).unwrap_or_default().display();
     format!(
         "{count} × {}, {} of memory, Linux {}; {}; commit {}{changed}, {build} build.",
         after(&cpus, "model name"),
