@@ -409,3 +409,17 @@ fn what_nobody_has_looked_at_is_neither_idle_nor_empty() {
         assert!(shell.evicted() == 0 || !keeps_flows, "where none are kept, none can be alive");
     }
 }
+
+#[test]
+fn a_key_that_could_not_be_given_to_the_next_worker_is_still_the_former_ones() {
+    let mut shell = serving(Engine::Ebpf, &keeping_flows(1));
+    shell.quiet = Some(Duration::ZERO);
+    shell.tell(Event::Replace { seat: Seat(0), by: None });
+    shell.admits = Err(12);
+    shell.ready(2);
+    shell.pass(SECOND / 2);
+    assert!(!shell.has_said(&stop(1)), "flows go on there");
+    shell.admits = Ok(());
+    shell.pass(SECOND * 2);
+    assert!(shell.has_said(&stop(1)), "the next one has the key, and what comes");
+}

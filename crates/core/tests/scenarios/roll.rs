@@ -175,3 +175,21 @@ fn it_can_be_taken_back_between_two_batches() {
     assert_eq!(shell.receipt().reason, Some(Reason::TakenBack));
     assert!(!shell.has_said(&stop(2)));
 }
+
+#[test]
+fn a_restored_worker_whose_slot_nobody_has_seen_yet_has_its_part_at_once() {
+    let mut shell = Shell::serving(Engine::Cbpf, 2);
+    shell.launch(rolling(2, 1), Trigger::Command);
+    shell.ready(3);
+    shell.leave(1..=1);
+    shell.exits(4, Exit::Code(1));
+    shell.said.clear();
+    shell.listens(5);
+    let attached = shell.said.iter().find_map(|command| match command {
+        Command::Attach { shares, .. } => {
+            Some(shares.iter().map(|share| share.slots.clone()).collect::<Vec<_>>())
+        }
+        _ => None,
+    });
+    assert_eq!(attached, Some(vec![vec![1, 2]]));
+}

@@ -3,8 +3,8 @@
 use crate::shell::Shell;
 use crate::{KILLED, SECOND, signal, spawn, stop};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Generation, Number, Outcome, Plan, Reason, Report, Seat, Signal, Ticket,
-    Trigger, WorkerId,
+    Command, Engine, Event, Exit, Generation, ListenerId, Number, Outcome, Plan, Reason, Report, Seat,
+    Signal, Ticket, Trigger, WorkerId,
 };
 
 impl Shell {
@@ -200,4 +200,24 @@ fn a_seat_that_comes_back_at_once_gets_a_socket_of_its_own() {
             assert_eq!(made, [Seat(1)], "{engine:?}, by an upgrade: {by_upgrade}");
         }
     }
+}
+
+#[test]
+fn a_socket_of_somebody_else_that_leaves_moves_a_slot_and_the_kernel_is_told() {
+    let mut shell = Shell::new(Engine::Cbpf);
+    shell.members.push(ListenerId(90));
+    shell.upgrade(2, Trigger::Start);
+    shell.ready(1);
+    shell.ready(2);
+    shell.said.clear();
+    shell.members.retain(|member| *member != ListenerId(90));
+    // Some look shows it.
+    shell.upgrade(3, Trigger::Signal);
+    let attached = shell.said.iter().find_map(|command| match command {
+        Command::Attach { shares, .. } => {
+            Some(shares.iter().map(|share| share.slots.clone()).collect::<Vec<_>>())
+        }
+        _ => None,
+    });
+    assert_eq!(attached, Some(vec![vec![0, 1]]));
 }

@@ -29,6 +29,8 @@ pub(crate) struct Shell {
     pub(crate) open: u32,
     /// The answer to `Steer` and `Attach`.
     pub(crate) steers: Result<(), i32>,
+    /// The answer to `Admit`.
+    pub(crate) admits: Result<(), i32>,
     /// The answer to `Prove`.
     pub(crate) verdict: Verdict,
     /// The answer to `Anchor`.
@@ -61,6 +63,7 @@ impl Shell {
             shown: None,
             open: 0,
             steers: Ok(()),
+            admits: Ok(()),
             verdict: Verdict::Passed,
             anchors: Ok(()),
             answers: true,
@@ -215,7 +218,7 @@ impl Shell {
                 self.members.push(listener);
                 Event::Listening { listener, result: Ok(()) }
             }
-            Command::Admit { listener, .. } => Event::Admitted { listener, result: Ok(()) },
+            Command::Admit { listener, .. } => Event::Admitted { listener, result: self.admits },
             Command::Steer { group, .. } | Command::Attach { group, .. } => {
                 Event::Steered { group, result: self.steers }
             }

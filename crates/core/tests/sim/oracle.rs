@@ -367,8 +367,7 @@ impl Oracle {
         // What a handshake may take after the switch is bounded, where the kernel does not move it.
         let age = Duration::from_nanos(now - client.since);
         // Nobody may be left where the last master could get no handle, either.
-        let is_removed =
-            !self.protocol.promises(socket.group) || self.protocol.loose.contains(&socket.group);
+        let is_removed = !self.protocol.promises(socket.group) || self.protocol.loose.contains(&socket.group);
         if client.handshake >= self.protocol.settle_min() && (self.engine == Engine::Cbpf || is_removed) {
             self.tally.excused += 1;
             return;
