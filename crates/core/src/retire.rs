@@ -199,16 +199,13 @@ impl Master {
         let mut workers: Vec<WorkerId> = retirement.workers.iter().copied().collect();
         // From the highest slot down, so that the slots in use stay together.
         workers.sort_by_key(|worker| core::cmp::Reverse(self.highest_slot(*worker)));
-        // With one listener left to steer to there is nothing to steer off the mover to: while a slot is released,
-        // connections may fall on any old listener, so all of them but one must still be accepted from.
-        let is_strict = self.engine == Engine::Cbpf
-            && self.stopping.is_none()
-            && self.groups.keys().any(|group| self.choosable(*group).len() < 2);
+        let strict = self.strict_groups();
         // As long as the kernel's program may name a slot that is no more, connections may fall on any of them, too.
         let mut is_blocked = self.engine == Engine::Cbpf && !self.groups.values().all(Group::is_told);
         // The next master must not take them for those that serve.
         is_blocked |= self.saving;
-        is_blocked |= is_strict && self.listeners.values().any(|l| l.generation == generation && l.leaving);
+        // Whichever retirement it is of.
+        is_blocked |= self.listeners.values().any(|l| strict.contains(&l.group) && self.is_left_alone(l));
         let mut count = Vec::new();
         for id in workers {
             let Some(state) = self.workers.get(&id).map(|worker| worker.state) else { continue };
@@ -235,11 +232,26 @@ impl Master {
                 | WorkerState::Dying
                 | WorkerState::Remains { .. } => {}
             }
-            is_blocked |= is_strict && !self.listeners_of(id).is_empty();
+            is_blocked |= !strict.is_empty() && !self.listeners_of(id).is_empty();
         }
         if !count.is_empty() {
             self.push(Command::Count { workers: count });
         }
+    }
+
+    /// With one listener left to steer to there is nothing to steer off the mover to: while a slot is released, connections
+    /// may fall on any old listener, so all of them but one must still be accepted from.
+    fn strict_groups(&self) -> BTreeSet<GroupId> {
+        let is_strict = |id: &GroupId| self.choosable(*id).len() < 2;
+        let may_be = self.engine == Engine::Cbpf && self.stopping.is_none();
+        self.groups.keys().copied().filter(|id| may_be && is_strict(id)).collect()
+    }
+
+    /// It is in its group, and its worker does not accept from it any more.
+    fn is_left_alone(&self, listener: &Listener) -> bool {
+        let state = self.workers.get(&listener.worker).map(|worker| worker.state);
+        let is_told = matches!(state, Some(WorkerState::Stopping { .. } | WorkerState::Remains { .. }));
+        listener.listens && !listener.gone && (listener.leaving || is_told)
     }
 
     fn set_state(&mut self, id: WorkerId, state: WorkerState) {

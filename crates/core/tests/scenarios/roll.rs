@@ -17,7 +17,7 @@ impl Shell {
         self.said.iter().filter(is_its).count()
     }
 
-    fn told_to_stop(&self) -> Vec<u32> {
+    pub(crate) fn told_to_stop(&self) -> Vec<u32> {
         let to = |command: &Command| match command {
             Command::Tell { worker, order: Order::Stop } => Some(worker.0),
             _ => None,

@@ -3,7 +3,7 @@
 use crate::shell::Shell;
 use crate::{KILLED, SECOND, signal, spawn, stop};
 use reuseportd_core::{
-    Command, Engine, Event, Exit, Generation, ListenerId, Number, Outcome, Plan, Reason, Report, Seat,
+    Command, Engine, Event, Exit, Generation, ListenerId, Number, Order, Outcome, Plan, Reason, Report, Seat,
     Signal, Ticket, Trigger, WorkerId,
 };
 
@@ -220,4 +220,39 @@ fn a_socket_of_somebody_else_that_leaves_moves_a_slot_and_the_kernel_is_told() {
         _ => None,
     });
     assert_eq!(attached, Some(vec![vec![0, 1]]));
+}
+
+/// While a slot is left, connections may fall on any of the others. Seeds 1986 and 7246.
+#[test]
+fn by_slot_with_one_who_serves_the_others_go_one_after_the_other_whatever_they_go_for() {
+    let mut shell = Shell::serving(Engine::Cbpf, 3);
+    shell.replace(0);
+    shell.scale(Number::Exactly(1));
+    shell.ready(4);
+    for leaving in [3, 2, 1] {
+        shell.said.clear();
+        shell.pass(SECOND);
+        assert_eq!(shell.told_to_stop(), [leaving]);
+        shell.drains(leaving);
+    }
+    shell.pass(SECOND);
+    assert!(shell.is_done(None));
+}
+
+/// Seed 10668.
+#[test]
+fn by_slot_with_one_who_serves_nobody_is_told_to_stop_before_a_dead_workers_slot_is_left() {
+    let mut shell = Shell::serving(Engine::Cbpf, 1);
+    shell.upgrade(2, Trigger::Signal);
+    shell.ready(2);
+    shell.ready(3);
+    shell.exits(3, KILLED);
+    shell.queued = 1;
+    shell.pass(SECOND);
+    let take = Command::Tell { worker: WorkerId(2), order: Order::Take(ListenerId(3)) };
+    assert!(shell.has_said(&take) && shell.told_to_stop().is_empty());
+    shell.queued = 0;
+    shell.tell(Event::Taken { listener: ListenerId(3), count: 1 });
+    shell.pass(SECOND);
+    assert_eq!((shell.released(), shell.told_to_stop()), (vec![3], vec![1]));
 }
