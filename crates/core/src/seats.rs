@@ -3,9 +3,10 @@
 
 use crate::command::{Command, Reason};
 use crate::generation::GenerationRecord;
-use crate::group::{Listener, Settling};
+use crate::group::{Group, Listener, Settling};
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
+use crate::plan::Engine;
 use alloc::vec::Vec;
 
 /// No worker has this number.
@@ -20,6 +21,15 @@ impl Master {
                 self.push(Command::Bind { group, worker, generation, seat });
             }
         }
+    }
+
+    /// A socket that the seat lacks would take the last slot, which a program names that the kernel could not be told to
+    /// replace yet.
+    pub(crate) fn may_not_bind(&self, generation: Generation, seat: Seat) -> bool {
+        let lacks = |group: &GroupId| self.seat_listener(*group, seat).is_none();
+        let is_told = |group: &GroupId| self.groups.get(group).is_none_or(Group::is_told);
+        let groups = self.seat_groups(generation);
+        self.engine == Engine::Cbpf && groups.iter().any(|group| lacks(group) && !is_told(group))
     }
 
     /// The groups of a generation whose sockets the master makes.

@@ -183,9 +183,13 @@ impl Master {
     pub(crate) fn respawn(&mut self, generation: Generation, seat: Seat) {
         let record = self.generations.get(&generation).filter(|record| record.serves());
         let place = record.and_then(|record| record.seats.get(usize::from(seat.0)));
-        if place.is_some_and(SeatRecord::is_vacant) && !self.timers.is_armed(Timer::Breaker) {
-            self.spawn(generation, seat);
+        if !place.is_some_and(SeatRecord::is_vacant) || self.timers.is_armed(Timer::Breaker) {
+            return;
         }
+        if self.may_not_bind(generation, seat) {
+            return self.timers.arm(Timer::Respawn(generation, seat), self.now.after(LOOK_PAUSE));
+        }
+        self.spawn(generation, seat);
     }
 
     /// A new generation is another program: the exits of the old one are not held against it.

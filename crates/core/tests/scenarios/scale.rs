@@ -222,6 +222,25 @@ fn a_socket_of_somebody_else_that_leaves_moves_a_slot_and_the_kernel_is_told() {
     assert_eq!(attached, Some(vec![vec![0, 1]]));
 }
 
+/// With its old program the kernel would take the new socket, in the last slot, for one that serves. Seeds 2406 and 3448.
+#[test]
+fn by_slot_no_seat_gets_a_socket_before_the_kernel_knows_its_slots() {
+    let mut shell = Shell::serving_seats(Engine::Cbpf, 2);
+    shell.steers = Err(12);
+    shell.exits(1, KILLED);
+    shell.scale(Number::Exactly(3));
+    assert!(shell.has_said(&spawn(3, 1, 0)), "this seat has its socket");
+    shell.pass(SECOND * 3);
+    shell.assert_sockets_stay();
+    assert!(!shell.has_said(&spawn(4, 1, 2)));
+    shell.steers = Ok(());
+    shell.pass(SECOND * 2);
+    assert!(shell.said.iter().any(|said| matches!(said, Command::Bind { seat: Seat(2), .. })));
+    shell.seated(3);
+    shell.seated(4);
+    assert!(shell.is_done(None));
+}
+
 /// While a slot is left, connections may fall on any of the others. Seeds 1986 and 7246.
 #[test]
 fn by_slot_with_one_who_serves_the_others_go_one_after_the_other_whatever_they_go_for() {
