@@ -51,6 +51,7 @@ impl Master {
         if let Some(record) = self.generations.get_mut(&to) {
             record.state = GenerationState::Retiring;
         }
+        self.leave_seats(to);
         self.give_up_seats(to);
         for worker in self.workers_of(to) {
             self.end_unproven(worker);
@@ -58,7 +59,7 @@ impl Master {
     }
 
     /// New connections may have been given to it.
-    fn is_chosen(&self, generation: Generation) -> bool {
+    pub(crate) fn is_chosen(&self, generation: Generation) -> bool {
         let state = self.generations.get(&generation).map(|record| record.state);
         // Of sockets that are steered by nobody it gets its part, too.
         let has_part = matches!(state, Some(GenerationState::Canary | GenerationState::Active));

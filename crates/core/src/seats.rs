@@ -45,7 +45,7 @@ impl Master {
     pub(crate) fn on_bound(&mut self, group: GroupId, worker: WorkerId, result: Result<ListenerId, i32>) {
         let known = self.workers.get(&worker).map(|worker| (worker.generation, worker.seat, worker.state));
         match (known, result) {
-            (Some((generation, seat, _)), Ok(id)) if self.seat_groups(generation).contains(&group) => {
+            (Some((generation, seat, state)), Ok(id)) if self.seat_groups(generation).contains(&group) => {
                 let listener = Listener {
                     group,
                     generation,
@@ -66,6 +66,9 @@ impl Master {
                 };
                 self.listeners.insert(id, listener);
                 self.note_slot(group);
+                if state.is_ending() {
+                    self.leave_seats(generation);
+                }
             }
             (Some((_, seat, state)), Err(errno)) if !state.is_ending() => {
                 self.fail_worker(worker, Reason::BindFailed(seat, group, errno))
@@ -96,6 +99,15 @@ impl Master {
         let (first, end) = self.seats_in_use(generation);
         for seat in first..end {
             self.take_seat(generation, Seat(seat));
+        }
+    }
+
+    /// What was made for a launch that has failed may be what a seat of the generation that serves lacked, and its next
+    /// worker has it, too.
+    pub(crate) fn leave_seats(&mut self, generation: Generation) {
+        let is_launched = self.upgrade.as_ref().is_some_and(|upgrade| upgrade.to == generation);
+        if let Some(active) = self.active.filter(|_| is_launched && !self.is_chosen(generation)) {
+            self.take_seats(active);
         }
     }
 

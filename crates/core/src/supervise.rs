@@ -84,6 +84,9 @@ impl Master {
         for timer in timers.map(|timer| timer(id)) {
             self.timers.disarm(timer);
         }
+        if let Some(worker) = self.workers.get(&id) {
+            self.leave_seats(worker.generation);
+        }
         for listener in self.listeners_of(id) {
             let is_kept = self.listeners.get(&listener).is_some_and(|listener| self.waits_for_next(listener));
             let Some(record) = self.listeners.get_mut(&listener) else { continue };

@@ -241,6 +241,28 @@ fn by_slot_no_seat_gets_a_socket_before_the_kernel_knows_its_slots() {
     assert!(shell.is_done(None));
 }
 
+/// Seed 18181.
+#[test]
+fn a_socket_that_a_failed_launch_made_for_a_seat_is_that_of_the_old_generations_seat() {
+    let mut shell = Shell::serving_seats(Engine::Cbpf, 2);
+    shell.steers = Err(12);
+    shell.exits(1, KILLED);
+    shell.scale(Number::Exactly(3));
+    shell.launch(Plan { config: 7, ..Shell::plan_of_seats(3) }, Trigger::Command);
+    shell.steers = Ok(());
+    shell.pass(SECOND * 2);
+    assert!(shell.place(&spawn(6, 2, 2)) < shell.place(&spawn(7, 1, 2)), "both sit on it");
+    shell.said.clear();
+    for worker in [6, 5, 4] {
+        shell.exits(worker, Exit::Code(1));
+    }
+    shell.seated(3);
+    shell.seated(7);
+    shell.pass(SECOND);
+    assert_eq!(shell.receipt().outcome, Outcome::RolledBack);
+    shell.assert_sockets_stay();
+}
+
 /// While a slot is left, connections may fall on any of the others. Seeds 1986 and 7246.
 #[test]
 fn by_slot_with_one_who_serves_the_others_go_one_after_the_other_whatever_they_go_for() {
