@@ -1,5 +1,6 @@
 //! How a steering program draws one of those it names.
 
+use crate::kernel::Program;
 use crate::rng::Rng;
 use reuseportd_core::{ListenerId, Policy, Range, Share};
 use std::collections::BTreeMap;
@@ -31,6 +32,12 @@ pub(crate) fn by_slot(shares: &[Share], slots: &[ListenerId], cpu: u64, rng: &mu
     let of_cpu = usize::try_from(cpu).ok()? % share.slots.len().max(1);
     let slot = share.slots.get(if share.policy == Policy::Cpu { of_cpu } else { by_chance })?;
     slots.get(usize::from(*slot)).copied()
+}
+
+/// Whether such a number is among them.
+pub(crate) fn names_a_hole(program: &Program, slots: &[ListenerId]) -> bool {
+    let Program::Slots(shares) = program else { return false };
+    shares.iter().flat_map(|share| &share.slots).any(|slot| usize::from(*slot) >= slots.len())
 }
 
 fn weighted(weights: impl Iterator<Item = u16> + Clone, rng: &mut Rng) -> usize {

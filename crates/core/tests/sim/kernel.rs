@@ -3,7 +3,7 @@
 //! Its rules are those measured on the real one; the kernel-facts test of the sys crate holds the real one to them.
 
 use crate::datagrams::{BYTES, Dropped, Flows};
-use crate::draw::{by_key, by_slot};
+use crate::draw::{by_key, by_slot, names_a_hole};
 use crate::rng::Rng;
 use reuseportd_core::{
     Depth, Generation, GroupId, GroupView, ListenerId, Member, Range, Seat, Share, WorkerId,
@@ -89,6 +89,8 @@ pub(crate) struct Group {
     pub(crate) flows: Flows,
     /// The array and its program belong to a master of which nothing is left.
     pub(crate) is_foreign: bool,
+    /// Since its program was put in force, it has named a slot that was nobody's.
+    pub(crate) had_hole: bool,
     migrated: u64,
 }
 
@@ -101,6 +103,7 @@ impl Default for Group {
             keys: BTreeMap::new(),
             flows: Flows::default(),
             is_foreign: false,
+            had_hole: false,
             migrated: 0,
         }
     }
@@ -304,6 +307,13 @@ impl Kernel {
         }
     }
 
+    pub(crate) fn put_in_force(&mut self, group: GroupId, program: Program) {
+        self.make_array(group);
+        let group = self.group(group);
+        group.had_hole = names_a_hole(&program, &group.slots);
+        group.program = program;
+    }
+
     /// Empties every key but these.
     pub(crate) fn keep_keys(&mut self, group: GroupId, kept: &[u32]) {
         let keys: Vec<u32> = self.group(group).keys.keys().copied().collect();
@@ -434,6 +444,7 @@ impl Kernel {
             }
             group.slots.retain_swap(listener);
             group.by_age.retain(|other| *other != listener);
+            group.had_hole |= names_a_hole(&group.program, &group.slots);
             if !by_master {
                 self.left.insert(id);
             }

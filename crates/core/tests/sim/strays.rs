@@ -3,7 +3,7 @@
 use crate::kernel::{Kernel, Program, Socket, Stage};
 use crate::oracle::Oracle;
 use crate::workers::Worker;
-use reuseportd_core::{Engine, GroupId, ListenerId, WorkerId};
+use reuseportd_core::{Engine, Generation, GroupId, ListenerId, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
 type Workers = BTreeMap<WorkerId, Worker>;
@@ -49,7 +49,10 @@ impl Oracle {
         let of = self.generations(socket, workers);
         // By its own hash the kernel chooses those that leave, too.
         let leaves = hashed && socket.owner.is_some_and(|owner| self.protocol.is_given_up(owner));
-        if of.iter().any(|of| self.is_steered_to(group, *of)) && self.is_ready(socket) && !leaves {
+        // The generation that serves may have nobody yet that could be named: its workers are the right ones all the same.
+        let serves = |of: &Generation| hashed && self.protocol.active() == Some(*of);
+        let is_right = of.iter().any(|of| self.is_steered_to(group, *of) || serves(of));
+        if is_right && self.is_ready(socket) && !leaves {
             return false;
         }
         self.tally.strays += 1;
@@ -103,7 +106,11 @@ impl Oracle {
         };
         let last = self.last_worker(socket, workers);
         let Some((id, owner)) = last.map(|id| (id, &workers[&id])) else {
-            let is_blind = self.disturbed.contains_key(&group) || self.protocol.steer_failed(group);
+            // A stranger took a slot that the program names, and nobody had.
+            let had_hole = kernel.groups.get(&group).is_some_and(|group| group.had_hole);
+            let is_blind = had_hole && socket.seat.is_none()
+                || self.disturbed.contains_key(&group)
+                || self.protocol.steer_failed(group);
             return if hashed || is_blind { Stray::Excused } else { Stray::Forbidden };
         };
         // The listeners of a worker with several of them leave one after the other, and nobody accepts from the rest.
@@ -122,7 +129,9 @@ impl Oracle {
         }
         // By processor one may have several places.
         let slots: BTreeSet<u16> = shares.iter().flat_map(|share| share.slots.iter().copied()).collect();
-        let waits = is_open || !self.protocol.has_left(id);
+        // From what a failed launch leaves nobody accepts: what falls there is counted.
+        let was_unproven = !self.protocol.has_served(owner.generation);
+        let waits = is_open || !self.protocol.has_left(id) || was_unproven;
         if hashed && slots.len() <= 1 && waits { Stray::Served } else { Stray::Forbidden }
     }
 }

@@ -458,8 +458,7 @@ impl World {
             result = Err(2);
         }
         if result.is_ok() {
-            self.kernel.make_array(group);
-            self.kernel.group(group).program = program;
+            self.kernel.put_in_force(group, program);
             self.oracle.steered(group, &self.kernel, &self.workers);
             self.oracle.judge_policy(group, &self.kernel, &self.workers);
         }
