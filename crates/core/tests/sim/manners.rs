@@ -6,6 +6,17 @@ use reuseportd_core::{Generation, GroupId, Notice, Seat};
 use std::time::Duration;
 
 impl Protocol {
+    /// Another master goes on with this memory: clients are gone, and the service manager has heard nothing of it.
+    pub(crate) fn adopted(&mut self, former: &Protocol) {
+        // Who was killed stays so, whether anybody remembers it or not.
+        for (id, life) in &mut self.lives {
+            life.killed |= former.lives.get(id).is_some_and(|before| before.killed);
+        }
+        self.callers.forget();
+        self.phases.adopted();
+        self.notices.clear();
+    }
+
     pub(crate) fn served(&mut self, generation: Generation) {
         self.served.insert(generation);
     }

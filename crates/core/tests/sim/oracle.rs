@@ -219,7 +219,7 @@ impl Oracle {
 
     /// Another master goes on with an older memory: of the slots it knows what it will see.
     pub(crate) fn adopted(&mut self, mut protocol: Protocol, groups: impl Iterator<Item = GroupId>) {
-        protocol.adopted();
+        protocol.adopted(&self.protocol);
         if self.protocol.is_stopping() && !protocol.is_stopping() {
             self.refusing.extend(self.steered.keys());
         }

@@ -103,13 +103,6 @@ impl Protocol {
         protocol
     }
 
-    /// Another master goes on with this memory: clients are gone, and the service manager has heard nothing of it.
-    pub(crate) fn adopted(&mut self) {
-        self.callers.forget();
-        self.phases.adopted();
-        self.notices.clear();
-    }
-
     pub(crate) fn active(&self) -> Option<Generation> {
         self.active
     }
@@ -196,6 +189,9 @@ impl Protocol {
         let waits = self.launching.is_some() || self.serves_found();
         let serves = self.active.map(|active| (active, self.plans[&active].workers));
         self.scaling.event(event, waits, self.launching.is_some(), self.stop.is_some(), serves);
+        if let Event::Exited { worker, .. } | Event::SpawnFailed { worker, .. } = event {
+            self.vacate(*worker);
+        }
         match event {
             Event::Stop { mode, .. } => {
                 let fast = *mode == StopMode::Fast || self.stop.is_some();
@@ -402,8 +398,10 @@ impl Protocol {
             // Its last worker has emptied it on its way out.
             let is_left = socket.users.last().and_then(|user| self.lives.get(user));
             let is_left = is_left.is_some_and(|life| life.stopped.is_some());
-            let is_kept =
-                is_its && !is_left && self.keeps(socket.group, seat) && !self.abandoned.contains(&listener);
+            // One before the seat's present one.
+            let is_past = kernel.of_seat(socket.group, seat) != Some(listener);
+            let is_left = is_left || is_past || self.abandoned.contains(&listener);
+            let is_kept = is_its && !is_left && self.keeps(socket.group, seat);
             assert!(!is_kept, "the socket of {seat:?} was released: {socket:?}");
         }
         if let Some(owner) = socket.owner

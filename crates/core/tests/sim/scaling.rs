@@ -76,6 +76,11 @@ impl Scaling {
         }
     }
 
+    /// Its worker has ended: the one that was to take the seat has it.
+    fn vacated(&mut self, generation: Generation, seat: Seat) {
+        self.next.remove(&(generation, seat));
+    }
+
     /// So many seats the next generation has.
     pub(crate) fn launching(&mut self, plan: &Plan, present: Option<&Plan>) -> u16 {
         let later = std::mem::take(&mut self.later);
@@ -121,6 +126,13 @@ impl Protocol {
                 && life.stopped.is_none()
         };
         u16::try_from(self.lives.values().filter(serves).count()).unwrap_or(u16::MAX)
+    }
+
+    pub(crate) fn vacate(&mut self, worker: WorkerId) {
+        let had_seat = self.lives.get(&worker).filter(|life| !life.given_up);
+        if let Some(life) = had_seat.copied() {
+            self.scaling.vacated(life.generation, life.seat);
+        }
     }
 
     /// It goes, though its generation stays.
