@@ -209,7 +209,7 @@ fn a_client_leaves_in_an_upgrade() {
 fn nonsense_on_a_channel() {
     under_load(
         &Fault {
-            name: "40,000 messages on a handover channel: garbage, too long, empty, with 253 descriptors each",
+            name: "40,000 messages on a handover channel: garbage, too long, with 253 descriptors each",
             when: "upgrade; from a worker that serves all the while",
             then: "each is logged or answered with `unknown`, no descriptor is kept; the worker serves on, and retires as it should",
             lost: "",

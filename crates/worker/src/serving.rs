@@ -92,7 +92,13 @@ impl Serving {
                     Accepted::Stream(stream) => accepted(name, stream),
                     Accepted::Empty => {}
                     Accepted::Exhausted => pause()?,
-                    Accepted::Closed => drop(listeners.remove(index)),
+                    Accepted::Closed => {
+                        drop(listeners.remove(index));
+                        // Unasked, if the master does not know: it has somebody else serve here.
+                        if !is_master_gone {
+                            orders.drained()?;
+                        }
+                    }
                 }
             }
             match orders.try_next_order() {
