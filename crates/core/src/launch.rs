@@ -37,7 +37,8 @@ impl Master {
     pub(crate) fn advance_launch(&mut self) {
         let Some(Upgrade { to, step: UpgradeStep::Queued, .. }) = self.upgrade else { return };
         // A program that could not be replaced may name slots that the sockets of seats would take.
-        if self.must_queue(to) || !self.groups.values().all(Group::is_told) {
+        let is_told = self.groups.values().all(Group::is_told);
+        if self.must_queue(to) || !is_told || self.binding().next().is_some() {
             return;
         }
         self.enter_step(UpgradeStep::Launching);

@@ -7,6 +7,7 @@ use crate::group::{Group, Listener, Settling};
 use crate::id::{Generation, GroupId, ListenerId, Seat, WorkerId};
 use crate::master::Master;
 use crate::plan::Engine;
+use crate::worker::{Worker, WorkerState};
 use alloc::vec::Vec;
 
 /// No worker has this number.
@@ -15,21 +16,32 @@ const NOBODY: WorkerId = WorkerId(0);
 impl Master {
     /// Has the sockets made that this seat lacks.
     pub(crate) fn bind_seat(&mut self, generation: Generation, seat: Seat, worker: WorkerId) {
-        for group in self.seat_groups(generation) {
-            if self.seat_listener(group, seat).is_none() {
-                self.outdate_looks(group);
-                self.push(Command::Bind { group, worker, generation, seat });
-            }
+        for group in self.lacking(generation, seat).collect::<Vec<_>>() {
+            self.outdate_looks(group);
+            self.push(Command::Bind { group, worker, generation, seat });
         }
     }
 
-    /// A socket that the seat lacks would take the last slot, which a program names that the kernel could not be told to
-    /// replace yet.
+    /// A socket that the seat lacks must not be made now: one was asked for already; or it would take the last slot, which a
+    /// program names that the kernel could not be told to replace yet.
     pub(crate) fn may_not_bind(&self, generation: Generation, seat: Seat) -> bool {
-        let lacks = |group: &GroupId| self.seat_listener(*group, seat).is_none();
         let is_told = |group: &GroupId| self.groups.get(group).is_none_or(Group::is_told);
-        let groups = self.seat_groups(generation);
-        self.engine == Engine::Cbpf && groups.iter().any(|group| lacks(group) && !is_told(group))
+        let lacking: Vec<GroupId> = self.lacking(generation, seat).collect();
+        let is_asked = || self.binding().any(|asked| asked == seat);
+        let is_unclear = || self.engine == Engine::Cbpf && !lacking.iter().all(is_told);
+        !lacking.is_empty() && (is_asked() || is_unclear())
+    }
+
+    /// Seats whose sockets were asked for and are not there yet.
+    pub(crate) fn binding(&self) -> impl Iterator<Item = Seat> {
+        let spawning = self.workers.values().filter(|worker| worker.state == WorkerState::Spawning);
+        let lacks = |worker: &&Worker| self.lacking(worker.generation, worker.seat).next().is_some();
+        spawning.filter(lacks).map(|worker| worker.seat)
+    }
+
+    fn lacking(&self, generation: Generation, seat: Seat) -> impl Iterator<Item = GroupId> {
+        let groups = self.seat_groups(generation).into_iter();
+        groups.filter(move |group| self.seat_listener(*group, seat).is_none())
     }
 
     /// The groups of a generation whose sockets the master makes.

@@ -263,6 +263,26 @@ fn a_socket_that_a_failed_launch_made_for_a_seat_is_that_of_the_old_generations_
     shell.assert_sockets_stay();
 }
 
+/// Seed 16078.
+#[test]
+fn a_respawn_and_a_launch_at_once_make_one_socket_for_a_seat() {
+    let mut shell = Shell::serving_seats(Engine::Cbpf, 2);
+    shell.exits(2, KILLED);
+    // Its worker had shut the socket down.
+    shell.members.retain(|listener| listener.0 != 2);
+    shell.exits(3, KILLED);
+    for config in [7, 8] {
+        shell.launch(Plan { config, ..Shell::plan_of_seats(2) }, Trigger::Command);
+    }
+    shell.exits(4, Exit::Code(1));
+    shell.exits(5, Exit::Code(1));
+    shell.now = shell.now.after(SECOND * 2);
+    shell.tell(Event::Deadline);
+    assert!(shell.has_said(&spawn(6, 1, 1)) && shell.has_said(&spawn(8, 3, 1)));
+    let made = shell.said.iter().filter(|said| matches!(said, Command::Bind { .. }));
+    assert_eq!(made.count(), 1);
+}
+
 /// While a slot is left, connections may fall on any of the others. Seeds 1986 and 7246.
 #[test]
 fn by_slot_with_one_who_serves_the_others_go_one_after_the_other_whatever_they_go_for() {
