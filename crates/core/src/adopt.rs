@@ -166,8 +166,9 @@ impl Master {
         let (group, worker) = (listener.group, worker.map(|worker| (worker.seat, worker.state)));
         self.forget_listener(id);
         match worker {
-            // What it has bound can't be listened on any more.
-            Some((seat, _)) if !listens => {
+            // What it has bound can't be listened on any more; nor can it serve on the socket of a seat, or one that takes
+            // datagrams, that nobody else would hold.
+            Some((seat, state)) if !listens || state.is_starting() || state == WorkerState::Ready => {
                 self.fail_worker(owner, Reason::ListenFailed(seat, owner, EBADF));
             }
             Some((_, WorkerState::Serving)) => self.replace_deserter(owner, group),

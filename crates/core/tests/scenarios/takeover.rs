@@ -225,6 +225,23 @@ fn a_launch_whose_sockets_were_let_go_of_has_failed() {
     }
 }
 
+/// Seeds 60732 and 63935.
+#[test]
+fn so_has_one_whose_seats_sockets_were_let_go_of() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving_seats(engine, 1);
+        shell.launch(Shell::plan_of_seats(2), Trigger::Signal);
+        shell.seated(3);
+        shell.is_succeeded(&[2]);
+        let reason = Reason::ListenFailed(Seat(1), WorkerId(3), 9);
+        assert!(shell.has_said(&Command::Report(Report::Failing(Generation(2), reason))), "{engine:?}");
+        shell.exits(2, Exit::Signal(15));
+        shell.exits(3, Exit::Signal(15));
+        assert_eq!(shell.master.state(), MasterState::Steady, "{engine:?}");
+        shell.assert_sockets_stay();
+    }
+}
+
 #[test]
 fn a_worker_that_was_ready_while_nobody_listened_has_its_full_time() {
     let mut shell = Shell::serving(Engine::Ebpf, 1);
