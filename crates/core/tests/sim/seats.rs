@@ -52,7 +52,8 @@ impl World {
 
     /// It finds them, and what waits there.
     pub(crate) fn inherit_seat(&mut self, id: WorkerId) {
-        let held = |socket: &Socket| socket.seat.is_some() && socket.holders.contains(&Holder::Leader(id));
+        // Where nobody knows any more whose seat it is, too.
+        let held = |socket: &Socket| socket.users.contains(&id) && socket.is_owned_by(id);
         let sockets = self.kernel.sockets.iter_mut().filter(|(_, socket)| held(socket));
         let Some(worker) = self.workers.get_mut(&id) else { return };
         for (listener, socket) in sockets {

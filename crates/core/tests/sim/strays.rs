@@ -50,7 +50,9 @@ impl Oracle {
         // By its own hash the kernel chooses those that leave, too.
         let leaves = hashed && socket.owner.is_some_and(|owner| self.protocol.is_given_up(owner));
         // The generation that serves may have nobody yet that could be named: its workers are the right ones all the same.
-        let serves = |of: &Generation| hashed && self.protocol.active() == Some(*of);
+        // So are those of its seats, which a program that could not be replaced names for another generation.
+        let is_shared = socket.seat.is_some() && self.protocol.steer_failed(group);
+        let serves = |of: &Generation| (hashed || is_shared) && self.protocol.active() == Some(*of);
         let is_right = of.iter().any(|of| self.is_steered_to(group, *of) || serves(of));
         if is_right && self.is_ready(socket) && !leaves {
             return false;
