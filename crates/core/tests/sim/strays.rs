@@ -122,7 +122,8 @@ impl Oracle {
         // datagrams.
         let joins_early = !owner.temper.handover || !self.protocol.is_ready(id);
         let joins_by_itself = (joins_early || kernel.takes_datagrams(group)) && socket.seat.is_none();
-        let is_old_program = self.protocol.steer_failed(group) && joins_by_itself;
+        let had_hole = kernel.groups.get(&group).is_some_and(|group| group.had_hole);
+        let is_old_program = (self.protocol.steer_failed(group) || had_hole) && joins_by_itself;
         // A socket that takes datagrams can't be shut down: it keeps its slot while any process has it.
         let is_left = self.protocol.has_left(id) && !socket.is_owned_by(id);
         let is_stuck = kernel.takes_datagrams(group) && is_open && is_left;
