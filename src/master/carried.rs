@@ -364,11 +364,11 @@ mod tests {
         File::from(table.needed.try_clone().unwrap()).write_all(b"carried").unwrap();
         let name = table.needed.name;
         drop(table);
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "carried");
+        let mut said = String::new();
+        reader.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "carried");
         assert!(Carried::new(File::open("/dev/null").unwrap()).name > name);
-        assert!(read::<Table>(text.as_bytes(), Some(&mut BTreeMap::new())).is_err(), "a needed one is missing");
-        assert!(read::<Table>(text.as_bytes(), None).is_ok(), "it is understood");
+        assert!(read::<Table>(&text, Some(&mut BTreeMap::new())).is_err(), "a needed one is missing");
+        assert!(read::<Table>(&text, None).is_ok(), "it is understood");
     }
 }
