@@ -264,45 +264,6 @@ fn master_and_keeper_are_killed_after_the_switch() {
 }
 
 #[test]
-fn a_new_worker_is_killed_before_the_old_ones_leave() {
-    under_load(
-        &Fault {
-            name: "SIGKILL of a worker",
-            when: "upgrade: a new one while launching, canary, baking",
-            then: "rolled back, the reason names seat, generation and signal; the old workers have everything again",
-            lost: "what each killed worker had accepted and not answered",
-        },
-        &[],
-        &["ebpf", "cbpf"],
-        queues_of_twenty,
-        |world, engine, load| {
-            let gate = Gate::new(world);
-            let master = Master::start(world, &phased(world, &gate, engine));
-            let load = load();
-            let before = master.serving();
-            for point in [Point::Launching, Point::Canary, Point::Baking] {
-                let mut upgrade = Upgrade::begin(world, &gate, &master);
-                let status = upgrade.reach_from_beginning(&master, point);
-                kill([pids_of(&status, upgrade.to)[0]]);
-                let status = master.wait_status("taken back", |status| {
-                    status.state == MasterState::Steady && status.generations.len() == 1
-                });
-                let receipt = status.last_upgrade.expect("every upgrade leaves one");
-                assert_eq!((receipt.outcome, receipt.to), (Upgraded::RolledBack, Some(upgrade.to)));
-                let reason = receipt.reason.unwrap_or_default();
-                for word in ["seat 0", &format!("generation {}", upgrade.to), "SIGKILL"] {
-                    assert!(reason.contains(word), "{point:?}: {word:?} is not in {reason:?}");
-                }
-                assert_eq!(master.serving(), before, "{point:?}: the old workers were touched");
-                upgrade.clients.into_iter().for_each(|client| answered_by(1, client));
-            }
-            let outcome = ends(master, &plain_app(world, engine), &gate, load);
-            Outcome { excused: 2 * IN_HANDS, ..outcome }
-        },
-    );
-}
-
-#[test]
 fn a_new_worker_is_killed_while_the_old_ones_leave() {
     under_load(
         &Fault {

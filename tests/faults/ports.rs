@@ -13,6 +13,7 @@ use super::{Fault, Outcome, under_load};
 use crate::crash::{one_at_a_time, queues_of_twenty};
 use crate::stranger::stranger;
 use crate::support::PATIENCE;
+use crate::support::app::App;
 use crate::support::load::slow_accepts;
 use crate::support::master::{Master, REUSEPORTD};
 use crate::support::process::wait_gone;
@@ -99,7 +100,8 @@ fn second(world: &World) -> SocketAddr {
 fn cannot_join(fault: &Fault, hold: fn(&World, SocketAddr) -> Holder) {
     under_load(fault, &[Need::Root], &["ebpf", "cbpf"], slow_accepts, |world, engine, load| {
         let first = slow_workers(world, engine);
-        for app in [first.clone(), first.clone().bind_master()] {
+        let passed = App::test_worker(world, "--mode activated --accept-delay 5").engine(engine);
+        for app in [first.clone(), passed.clone()] {
             let holder = hold(world, world.address);
             let mut master = Master::launch(world, &app, Command::new(REUSEPORTD));
             assert_eq!(master.wait_end(PATIENCE), Some(1), "{}", master.log());
@@ -109,10 +111,9 @@ fn cannot_join(fault: &Fault, hold: fn(&World, SocketAddr) -> Holder) {
         }
         let master = Master::start(world, &first);
         let load = load();
-        let mut more = first.clone();
-        more.listen.push(("more".into(), second(world)));
         let holder = hold(world, second(world));
-        for app in [more.clone(), more.bind_master()] {
+        for mut app in [first, passed] {
+            app.listen.push(("more".into(), second(world)));
             app.write();
             comes_to_nothing(&master, Upgraded::RolledBack, &["in use"]);
         }

@@ -150,7 +150,7 @@ fn the_master_is_stopped() {
             assert_eq!(master.wait_end(Duration::from_secs(1)), None);
             assert!(processes_of(&world.app).iter().all(|one| one.generation == 1));
             master.signal(Signal::CONT);
-            load.answered_by(2);
+            load.heard_from(2);
             master.wait_status("upgraded", |status| {
                 status.state == MasterState::Steady && status.generations.len() == 1
             });
@@ -272,7 +272,7 @@ fn all_is_frozen() {
             cgroup.freeze(true);
             assert_eq!(master.wait_end(Duration::from_secs(1)), None);
             cgroup.freeze(false);
-            load.answered_by(2);
+            load.heard_from(2);
             let status = master.wait_status("steady", |status| {
                 status.state == MasterState::Steady && status.generations.len() == 1
             });
