@@ -3,6 +3,8 @@
 
 // Of the program only what the master needs is here, and of that not all is called.
 #[allow(dead_code, unused_imports, reason = "what only main and the clients call")]
+mod client;
+#[allow(dead_code, unused_imports, reason = "what only main and the clients call")]
 #[path = "../../src/config/mod.rs"]
 mod config;
 #[allow(dead_code, unused_imports, reason = "what only main and the clients call")]

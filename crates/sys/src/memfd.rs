@@ -1,7 +1,7 @@
 //! Snapshots in memory: a file without a name that nobody can change any more.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
@@ -34,11 +34,12 @@ pub fn open(name: &str) -> io::Result<File> {
     })
 }
 
-/// From now on nobody can change the file, or lift the seals.
+/// From now on nobody can change the file, or lift the seals. It is read from its start.
 ///
 /// # Errors
 /// `PermissionDenied` of one that is sealed already.
-pub fn seal(file: File) -> io::Result<OwnedFd> {
+pub fn seal(mut file: File) -> io::Result<OwnedFd> {
+    file.rewind()?;
     fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok(file.into())
 }
