@@ -209,15 +209,25 @@ fn unknown_and_malformed_orders_are_answered_at_any_time() {
     let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
     let worker = spawn(worker);
     master.say("dance slowly", &[]);
-    let (ready, _handles) = master.hear();
-    assert_eq!(ready, FromWorker::Ready(vec!["http".to_owned()]));
+    let _handles = master.let_serve();
     assert_eq!(master.hear().0, FromWorker::Unknown("dance".to_owned()));
-    master.say("serve", &[]);
     master.say("take", &[]);
     assert_eq!(master.hear().0, FromWorker::Unknown("take".to_owned()));
     master.say("\u{7f}", &[]);
     master.say(&"a".repeat(4500), &[]);
     master.say("unknown ready", &[]);
+    master.say("stop", &[]);
+    assert_eq!(master.hear().0, FromWorker::Drained);
+    worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_listener_that_was_shut_down_is_told_of() {
+    let (master, worker) = Master::with_worker("http=tcp:127.0.0.1:0");
+    let worker = spawn(worker);
+    let handles = master.let_serve();
+    handles[0].shutdown(std::net::Shutdown::Read).unwrap();
+    assert_eq!(master.hear().0, FromWorker::Drained, "nobody else would know");
     master.say("stop", &[]);
     assert_eq!(master.hear().0, FromWorker::Drained);
     worker.join().unwrap().unwrap();
