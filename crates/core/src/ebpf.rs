@@ -215,7 +215,6 @@ impl Master {
     /// Keeps exactly one handle per group of unmodified workers: with none the group could get empty and refuse,
     /// with more a dead worker's queue would wait for the master instead of being migrated by the kernel at once.
     pub(crate) fn keep_anchor(&mut self, id: GroupId) {
-        self.keep_watching();
         if self.engine != Engine::Ebpf || self.takes_datagrams(id) {
             return;
         }
@@ -278,10 +277,10 @@ impl Master {
     pub(crate) fn on_admitted(&mut self, id: ListenerId, result: Result<(), i32>) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         let group = listener.group;
-        let key = match result {
-            Ok(()) => listener.key,
-            Err(_) => listener.key.take().and(None),
-        };
+        if result.is_err() {
+            listener.key = None;
+        }
+        let key = listener.key;
         // Only now the dead predecessor's is its own no more.
         let others = self.listeners.iter_mut().filter(|(other, l)| **other != id && l.group == group);
         others.filter(|(_, l)| key.is_some() && l.key == key).for_each(|(_, l)| l.key = None);

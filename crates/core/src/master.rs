@@ -204,6 +204,7 @@ impl Master {
         self.advance_upgrade();
         self.advance_retirements();
         self.advance_stop();
+        self.keep_watching();
     }
 
     fn on_deadline(&mut self) {

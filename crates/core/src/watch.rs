@@ -36,9 +36,9 @@ impl Master {
         for group in adrift.map(|(id, _)| *id).collect::<Vec<GroupId>>() {
             self.keep_anchor(group);
         }
-        self.keep_watching();
     }
 
+    /// After each event: whoever begins to serve, in whatever way, is watched from then on.
     pub(crate) fn keep_watching(&mut self) {
         if !self.timers.is_armed(Timer::Watch) && !self.watched().is_empty() {
             self.timers.arm(Timer::Watch, self.now.after(WATCH_PERIOD));
