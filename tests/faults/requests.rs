@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 
 use super::descriptors::recovers;
@@ -51,18 +51,20 @@ fn notifications_of_a_stranger() {
             let app = App::test_worker(world, "--mode plain --accept-delay 5").engine(engine);
             amid(world, &app, load, |master, _| {
                 let path = world.path("run/control.sock.notify");
-                let sent = AtomicU32::new(0);
                 thread::scope(|scope| {
-                    scope.spawn(|| {
+                    let (upgrading, upgraded) = mpsc::channel::<()>();
+                    let path = &path;
+                    scope.spawn(move || {
                         let stranger = UnixDatagram::unbound().unwrap();
-                        for _ in 0..NOTIFICATIONS {
+                        let mut sent = 0;
+                        while sent < NOTIFICATIONS || upgraded.try_recv() == Err(TryRecvError::Empty) {
                             // It waits for room, so that the master has to read each of them.
-                            stranger.send_to(b"READY=1\nSTATUS=flood", &path).unwrap();
-                            sent.fetch_add(1, Ordering::Relaxed);
+                            stranger.send_to(b"READY=1\nSTATUS=flood", path).unwrap();
+                            sent += 1;
                         }
                     });
                     master.upgrade();
-                    assert!(sent.load(Ordering::Relaxed) < NOTIFICATIONS, "the flood was over too soon");
+                    drop(upgrading);
                 });
                 let status = master.status();
                 assert!(status.generations[0].workers.iter().all(|worker| worker.status.is_none()));

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use reuseportd_wire::status::{Outcome, WorkerState};
+use reuseportd_wire::status::{Outcome, WorkerState, WorkerStatus};
 
 use crate::support::PATIENCE;
 use crate::support::app::{App, test_worker};
@@ -49,8 +49,10 @@ fn a_worker_cannot_make_another_one_ready() {
         );
         App::new(world, ["/bin/sh", "-c", &script]).workers(2).write();
         let upgrade = master.begin("upgrade --wait --json");
-        master.wait_status("said", |_| {
-            fs::read_to_string(&said).is_ok_and(|said| said == "child\nkept out\norphan\n")
+        master.wait_status("all is said, and the other is ready", |status| {
+            let ready = |worker: &WorkerStatus| worker.seat == 1 && worker.state == WorkerState::Ready;
+            status.generations.get(1).is_some_and(|new| new.workers.iter().any(ready))
+                && fs::read_to_string(&said).is_ok_and(|said| said == "child\nkept out\norphan\n")
         });
         // The master has read all of it before it is asked this.
         let workers = &master.status().generations[1].workers;
