@@ -86,6 +86,10 @@ impl World {
             self.oracle.unsaved.insert(listener);
             self.kernel.lose(listener, Holder::Master, &mut self.rng);
         }
+        // Slots move at once; what was lost is judged by what the next master remembers.
+        for group in std::mem::take(&mut self.kernel.left) {
+            self.oracle.left(group);
+        }
         self.listened = self.kernel.groups.values().flat_map(|group| group.slots.iter().copied()).collect();
         self.stalled = self.now + self.rng.below(2000 * MS);
         self.at(self.stalled, Happening::Restart);

@@ -376,6 +376,12 @@ impl Oracle {
         let owner = last.map(|owner| &workers[&owner]);
         // The seat had no worker when it was given up.
         let is_vacant = socket.seat.is_some() && last.is_some_and(|last| !self.protocol.is_ready(last));
+        // Before the first program the kernel moves nothing, and of what a worker closes unasked only the kernel could.
+        let is_plain = kernel.groups.get(&socket.group).is_none_or(|group| group.program == Program::Hash);
+        if self.engine == Engine::Ebpf && is_plain && owner.is_some_and(|worker| worker.deserted) {
+            self.tally.excused += 1;
+            return;
+        }
         // At an address that is no more nobody is left to go to if a worker drops what it has.
         if self.engine == Engine::Ebpf
             && is_removed

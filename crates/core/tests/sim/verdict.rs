@@ -100,13 +100,15 @@ impl Oracle {
         sockets.find(|(_, socket)| is_needed(socket) && !is_held(socket)).map(|(id, _)| *id)
     }
 
-    /// Nobody may be waiting at the end, unless for a hanging orphan whose successors all failed.
+    /// Nobody may be waiting at the end, unless for an orphan that accepts nothing, whose successors all failed.
     pub(crate) fn judge_end(&self, kernel: &Kernel, workers: &Workers) {
         for (connection, listener) in &kernel.waiting {
             let excused = self.clients.get(connection).is_none_or(|client| client.excused);
             let excused = excused && !self.waits_for_ever(*connection);
             let socket = &kernel.sockets[listener];
-            let hangs = |id: WorkerId| workers[&id].orphan && workers[&id].mute.is_some();
+            // One that was never told to serve does not, and the next master can't know.
+            let hangs =
+                |id: WorkerId| workers[&id].orphan && (workers[&id].mute.is_some() || !workers[&id].serves);
             let excused = excused || socket.workers().any(hangs);
             assert!(excused, "connection {connection} waits for ever in {listener:?}: {socket:?}");
         }

@@ -213,10 +213,12 @@ impl World {
     }
 
     fn send_ready(&mut self, id: WorkerId, listeners: Vec<(GroupId, ListenerId)>) {
+        // Nobody hears what an orphan says.
+        let is_heard = !self.workers[&id].orphan;
         for (_, listener) in &listeners {
             if let Some(socket) = self.kernel.sockets.get_mut(listener) {
                 socket.holders.insert(Holder::Flight);
-                socket.known = true;
+                socket.known |= is_heard;
             }
         }
         self.say(id, Event::Ready { worker: id, listeners });
