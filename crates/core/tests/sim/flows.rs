@@ -36,6 +36,8 @@ struct Seen {
 pub(crate) struct Datagrams {
     sent: BTreeMap<u64, Sent>,
     flows: BTreeMap<(GroupId, u64), Seen>,
+    /// Looks that were asked for and not yet answered: what came meanwhile an answer may not show.
+    looks: BTreeMap<GroupId, u32>,
     /// Counted, and to be told.
     untold: BTreeMap<GroupId, u32>,
     pub(crate) tally: Tally,
@@ -79,6 +81,7 @@ impl Datagrams {
     /// A master that knows nothing of them begins anew.
     pub(crate) fn forget_flows(&mut self) {
         self.flows.clear();
+        self.looks.clear();
     }
 }
 
@@ -171,6 +174,11 @@ impl Oracle {
                 return;
             }
             Command::Observe { group } => {
+                let looks = self.datagrams.looks.entry(*group).or_default();
+                *looks += 1;
+                if *looks > 1 {
+                    return;
+                }
                 let of_group = self.datagrams.flows.iter_mut().filter(|((of, _), _)| of == group);
                 of_group.for_each(|(_, seen)| seen.unseen = false);
                 return;
@@ -207,6 +215,11 @@ impl Oracle {
             self.datagrams.tally.idle += u64::from(is_idle);
             self.datagrams.tally.late += u64::from(!is_idle);
         }
+    }
+
+    pub(crate) fn looked(&mut self, group: GroupId) {
+        let looks = self.datagrams.looks.entry(group).or_default();
+        *looks = looks.saturating_sub(1);
     }
 
     pub(crate) fn read(&mut self, datagram: u64) {
@@ -296,6 +309,7 @@ impl Oracle {
     /// Those of the last master that nobody heard of.
     pub(crate) fn forget_untold(&mut self) {
         self.datagrams.untold.clear();
+        self.datagrams.looks.clear();
     }
 
     pub(crate) fn waits_for_ever(&self, datagram: u64) -> bool {

@@ -111,6 +111,9 @@ impl Oracle {
         {
             self.unwanted.extend(listeners.iter().map(|(_, listener)| *listener));
         }
+        if let Event::Observed { group, .. } = event {
+            self.looked(*group);
+        }
         self.receipts.event(event, self.protocol.is_stopping());
         self.protocol.event(event, now);
     }

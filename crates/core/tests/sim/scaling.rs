@@ -147,7 +147,8 @@ impl Protocol {
         to: Generation,
         works: impl Fn(&WorkerId) -> bool,
     ) -> usize {
-        let rolled = self.phases.way.as_ref().map_or(0, |way| way.rolled);
+        let (rolled, is_failing) =
+            self.phases.way.as_ref().map_or((0, false), |way| (way.rolled, way.is_failing));
         let is_filled = |generation, seat: u16| {
             let sits =
                 |life: &Life| life.generation == generation && life.seat == Seat(seat) && !life.given_up;
@@ -161,9 +162,14 @@ impl Protocol {
             let was_back = self.lives.values().any(|life| had_part(life) && !life.given_up);
             was_back && !is_filled(from, seat)
         };
+        // When the last batch had joined, but steering to it failed, its new workers have the part until the old are back.
+        let is_lost_too = |seat: u16| {
+            let had_part = |life: &Life| life.generation == to && life.seat == Seat(seat) && life.ready;
+            is_failing && self.lives.values().any(had_part) && !is_filled(to, seat)
+        };
         let new = (0..rolled).filter(|seat| !is_filled(to, *seat) || is_lost(*seat)).count();
         let old = self.plans[&from].workers;
-        new + (rolled.min(old - 1)..old).filter(|seat| !is_filled(from, *seat)).count()
+        new + (rolled.min(old - 1)..old).filter(|seat| !is_filled(from, *seat) || is_lost_too(*seat)).count()
     }
 
     /// The way out of these workers begins, unless they are on it.
