@@ -171,6 +171,7 @@ impl Master {
                 group.released = group.slots.cookie_of(leaving);
                 return self.survey(id, After::Steer);
             }
+            group.before = group.slots.cookie_of(leaving).map(|cookie| (group.slots.clone(), cookie));
             group.slots.remove(leaving);
             group.work = Work::Idle;
         }

@@ -135,6 +135,10 @@ pub(crate) struct Group {
     /// `cbpf`: a socket that was let go of; whether it has left shows in the next look.
     #[serde(default)]
     pub(crate) released: Option<u64>,
+    /// `cbpf`: the slots before a socket left by the master's hand, and that socket. Whether another one left before it shows
+    /// in the next look; which was the first does not.
+    #[serde(default)]
+    pub(crate) before: Option<(Slots, u64)>,
     pub(crate) keys: Keys,
     /// `ebpf`, unmodified workers: the one listener the master holds, so that the group never gets empty.
     pub(crate) anchor: Option<ListenerId>,
@@ -165,6 +169,7 @@ impl Group {
             looks_outdated: 0,
             slots: Slots::default(),
             released: None,
+            before: None,
             keys: Keys::default(),
             anchor: None,
             anchoring: None,

@@ -65,6 +65,17 @@ impl Slots {
         }
     }
 
+    /// The slots as they are if of those that left this socket was the last.
+    pub(crate) fn also_without(mut self, cookie: u64, members: &[Member]) -> Slots {
+        let stayed = |member: &&Member| {
+            member.cookie == cookie || members.iter().any(|other| other.cookie == member.cookie)
+        };
+        let without_others: Vec<Member> = self.0.iter().filter(stayed).copied().collect();
+        self.sync(&without_others);
+        self.note_left(cookie, members);
+        self
+    }
+
     /// The slot of a listener.
     pub(crate) fn of(&self, listener: ListenerId) -> Option<u16> {
         let slot = self.0.iter().position(|member| member.listener == Some(listener))?;

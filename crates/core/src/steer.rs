@@ -299,7 +299,10 @@ impl Master {
         if let Some(released) = group.released.take() {
             group.slots.note_left(released, &view.members);
         }
-        let is_sure = group.slots.sync(&view.members);
+        let mut is_sure = group.slots.sync(&view.members);
+        if let Some((slots, left)) = group.before.take() {
+            is_sure &= group.slots.is_longer(&slots.also_without(left, &view.members));
+        }
         // A socket left that nobody watched: the program may name slots by which others are meant now, or nobody.
         group.is_stale |= self.engine == Engine::Cbpf && !group.slots.is_longer(&before);
         for (listener, depth) in &view.depths {
