@@ -2,6 +2,7 @@
 
 use crate::command::{Reason, Report};
 use crate::event::{GroupView, Trigger};
+use crate::generation::Upgrade;
 use crate::id::{Generation, GroupId, ListenerId, RetirementId, Time};
 use crate::master::Master;
 use alloc::vec::Vec;
@@ -143,12 +144,16 @@ impl Receipt {
 }
 
 impl Master {
-    /// The receipt of the upgrade that replaces this generation.
+    /// The receipt of the upgrade that replaces this generation, or that this one comes with and fails.
     pub(crate) fn receipt_of(&mut self, generation: Generation) -> Option<&mut Receipt> {
+        // What it loses after the switch because all ends is not the upgrade's doing.
+        let ends = self.stopping.is_some();
+        let is_its = |upgrade: &Upgrade| {
+            let counts = !ends || upgrade.receipt.reason.is_some();
+            upgrade.from == Some(generation) || (upgrade.to == generation && counts)
+        };
         match &mut self.upgrade {
-            Some(upgrade) if upgrade.from == Some(generation) || upgrade.to == generation => {
-                Some(&mut upgrade.receipt)
-            }
+            Some(upgrade) if is_its(upgrade) => Some(&mut upgrade.receipt),
             Some(_) | None => self.generations.get_mut(&generation)?.receipt.as_mut(),
         }
     }

@@ -428,6 +428,7 @@ impl Master {
                 worker.cut_uncounted = false;
                 self.report(Report::Killed(*id, Some(*open)));
                 if let Some(receipt) = self.receipt_of(generation) {
+                    receipt.forced_kills += 1;
                     receipt.connections_cut = receipt.connections_cut.map(|cut| cut.saturating_add(*open));
                 }
             } else if let (0, WorkerState::Idling { until }) = (open, &mut worker.state)
@@ -448,15 +449,11 @@ impl Master {
     /// The end of a worker's patience: whatever it still has open is cut, and counted.
     pub(crate) fn on_kill_deadline(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let generation = worker.generation;
         // What is left of an ended worker is only killed: its process has been counted, and is still to be reaped.
         if !matches!(worker.state, WorkerState::Dying | WorkerState::Remains { .. }) {
             worker.state = WorkerState::Dying;
             worker.cut_uncounted = true;
             self.push(Command::Count { workers: [id].into() });
-            if let Some(receipt) = self.receipt_of(generation) {
-                receipt.forced_kills += 1;
-            }
         }
         self.push(Command::Signal { worker: id, signal: Signal::KillGroup });
     }

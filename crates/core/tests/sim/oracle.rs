@@ -398,7 +398,7 @@ impl Oracle {
         // Unmodified workers are told to stop only when nothing waits; the others are trusted to empty their queues.
         let was_cut = |id: WorkerId, worker: &Worker| {
             let is_told = worker.temper.handover && !worker.temper.is_orderly();
-            let is_hasty = is_told && worker.drained;
+            let is_hasty = worker.drained && (is_told || worker.orphan);
             let is_cut = !worker.runs && (is_told || !self.protocol.has_left(id));
             worker.deserted || is_vacant || is_hasty || is_cut
         };

@@ -31,4 +31,7 @@ pub(crate) const REGRESSIONS: &[(u64, &str)] = &[
     (11636, "a seat is taken twice"),
     (11843, "a begun handshake is lost"),
     (11941, "too few workers to choose from"),
+    (1012518, "slots are mistaken: one left about when another one was let go of"),
+    (1013031, "what a stop cuts of the new generation is in the upgrade's receipt"),
+    (2017510, "a kill is in one receipt, and what it cut in the next"),
 ];
