@@ -1,6 +1,7 @@
 //! The part of the judge that watches what the service manager is told, the end, and the pauses before respawns.
 
 use crate::kernel::Kernel;
+use crate::life::Life;
 use crate::protocol::{Protocol, Respawns};
 use reuseportd_core::{Generation, GroupId, Notice, Seat};
 use std::time::Duration;
@@ -86,7 +87,15 @@ impl Protocol {
         let last = self.lives.values().rfind(|life| life.generation == generation && life.seat == seat);
         let ran = last.map_or(Duration::ZERO, |life| Duration::from_nanos(now - life.spawned));
         let respawns = self.respawns.entry((generation, seat)).or_default();
-        let before = if ran >= plan.stable_after { None } else { respawns.pause };
+        // That of a worker whose end was not followed by a pause, too: the breaker was open, or the next was there already.
+        let was_stable = |life: &Life| {
+            let of_seat =
+                life.generation == generation && life.seat == seat && life.spawned >= respawns.after;
+            let ran = life.exited.map(|exited| Duration::from_nanos(exited - life.spawned));
+            of_seat && ran.is_some_and(|ran| ran >= plan.stable_after)
+        };
+        let is_over = ran >= plan.stable_after || self.lives.values().any(was_stable);
+        let before = if is_over { None } else { respawns.pause };
         let least = match before {
             None => Duration::ZERO,
             Some(Duration::ZERO) => plan.backoff,

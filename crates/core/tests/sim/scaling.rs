@@ -16,10 +16,11 @@ struct Later {
 
 impl Later {
     fn wish(&mut self, number: Number) {
-        match number {
-            Number::Exactly(wanted) => *self = Later { exactly: Some(wanted), more: 0 },
-            Number::More => self.more += 1,
-            Number::Fewer => self.more -= 1,
+        match (number, self.exactly) {
+            (Number::Exactly(wanted), _) => *self = Later { exactly: Some(wanted), more: 0 },
+            (_, Some(wanted)) => self.exactly = Some(apply(number, wanted)),
+            (Number::More, None) => self.more += 1,
+            (Number::Fewer, None) => self.more -= 1,
         }
     }
 
