@@ -11,23 +11,26 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Clone, Copy, Default)]
 struct Later {
     exactly: Option<u16>,
-    more: i32,
+    more: Option<i32>,
+    /// With so many the generation is launched.
+    launched: Option<u16>,
 }
 
 impl Later {
     fn wish(&mut self, number: Number) {
+        let more = self.more.unwrap_or_default();
         match (number, self.exactly) {
-            (Number::Exactly(wanted), _) => *self = Later { exactly: Some(wanted), more: 0 },
+            (Number::Exactly(wanted), _) => self.exactly = Some(wanted),
             (_, Some(wanted)) => self.exactly = Some(apply(number, wanted)),
-            (Number::More, None) => self.more += 1,
-            (Number::Fewer, None) => self.more -= 1,
+            (Number::More, None) => self.more = Some(more + 1),
+            (Number::Fewer, None) => self.more = Some(more - 1),
         }
     }
 
     /// Where this many would be otherwise.
     fn from(self, present: u16) -> u16 {
-        let wanted = i32::from(self.exactly.unwrap_or(present)) + self.more;
-        u16::try_from(wanted.clamp(1, 1024)).unwrap_or(1)
+        let more = i32::from(self.launched.unwrap_or(present)) + self.more.unwrap_or_default();
+        self.exactly.unwrap_or(u16::try_from(more.clamp(1, 1024)).unwrap_or(1))
     }
 }
 
@@ -89,7 +92,9 @@ impl Scaling {
             return plan.workers;
         }
         self.wanted = later.from(self.wanted);
-        self.later.exactly = Some(self.wanted);
+        // What was wished is so many from here on.
+        self.later.exactly = later.exactly.or(later.more.map(|_| self.wanted));
+        self.later.launched = Some(self.wanted);
         self.wanted
     }
 
@@ -122,7 +127,7 @@ impl Protocol {
             Some(life.generation) == self.active()
                 && life.ready
                 && !life.given_up
-                && !life.replaced
+                && (!life.replaced || life.killed)
                 && life.exited.is_none()
                 && life.stopped.is_none()
         };
