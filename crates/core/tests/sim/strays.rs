@@ -94,8 +94,13 @@ impl Oracle {
                 let mut sockets = w.sockets.iter().map(|id| &kernel.sockets[id]);
                 sockets.any(|socket| socket.known && is_here(socket))
             };
+            // A program that names a generation of which nobody is there leaves it to the kernel, too.
+            let is_named = |generation| match kernel.groups.get(&group).map(|group| &group.program) {
+                Some(Program::Ranges(ranges)) => ranges.iter().any(|range| range.generation == generation),
+                _ => self.is_steered_to(group, generation),
+            };
             let serves = |id: &WorkerId, w: &Worker| {
-                let is_chosen = self.is_steered_to(group, w.generation) && is_reached(w);
+                let is_chosen = is_named(w.generation) && is_reached(w);
                 let stays = !self.protocol.is_given_up(*id);
                 w.runs && is_chosen && stays && self.protocol.was_serving(*id, now)
             };

@@ -214,11 +214,13 @@ impl World {
 
     fn send_ready(&mut self, id: WorkerId, listeners: Vec<(GroupId, ListenerId)>) {
         // Nobody hears what an orphan says.
-        let is_heard = !self.workers[&id].orphan;
+        if self.workers[&id].orphan {
+            return;
+        }
         for (_, listener) in &listeners {
             if let Some(socket) = self.kernel.sockets.get_mut(listener) {
                 socket.holders.insert(Holder::Flight);
-                socket.known |= is_heard;
+                socket.known = true;
             }
         }
         self.say(id, Event::Ready { worker: id, listeners });
