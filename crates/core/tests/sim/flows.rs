@@ -101,7 +101,7 @@ impl Oracle {
         let seen = self.datagrams.flows.get(&flow).copied();
         let must_stay = seen.filter(|seen| self.must_stay(group, seen, now, kernel, workers));
         let (listener, hashed) = match choice {
-            Choice::Refused => return self.refused(id, group),
+            Choice::Refused => return self.refused(id, group, workers),
             Choice::Named(listener) | Choice::Known(listener) => (listener, false),
             Choice::Hashed(listener) => (listener, true),
         };

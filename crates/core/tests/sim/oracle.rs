@@ -320,7 +320,7 @@ impl Oracle {
     ) {
         self.tally.connections += 1;
         let (listener, hashed) = match choice {
-            Choice::Refused => return self.refused(connection, group),
+            Choice::Refused => return self.refused(connection, group, workers),
             Choice::Named(listener) | Choice::Known(listener) => (listener, false),
             Choice::Hashed(listener) => (listener, true),
         };
@@ -427,6 +427,7 @@ impl Oracle {
             worker.temper.handover
                 && is_known(worker)
                 && !worker.orphan
+                && !worker.deserted
                 && worker.serves
                 && worker.runs
                 && self.is_steered_to(group, worker.generation)

@@ -141,6 +141,12 @@ impl Protocol {
         }
     }
 
+    /// It has served, and was not told to end.
+    pub(crate) fn is_left_alone(&self, worker: WorkerId) -> bool {
+        let is_its = |life: &Life| life.ready && life.stopped.is_none() && !life.given_up && !life.killed;
+        self.lives.get(&worker).is_some_and(is_its)
+    }
+
     /// It goes, though its generation stays.
     pub(crate) fn is_given_up(&self, worker: WorkerId) -> bool {
         self.lives.get(&worker).is_some_and(|life| life.given_up)

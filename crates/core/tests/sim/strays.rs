@@ -34,8 +34,15 @@ impl Oracle {
         self.engine != Engine::None && self.protocol.promises(group) && !is_loose
     }
 
-    pub(crate) fn refused(&self, id: u64, group: GroupId) {
-        let is_promised = self.promised(group) && !self.refusing.contains(&group);
+    pub(crate) fn refused(&self, id: u64, group: GroupId, workers: &Workers) {
+        // All that the master left alone have ended, or closed their listeners, by themselves.
+        let may_serve = |(id, worker): &(&WorkerId, &Worker)| {
+            self.is_steered_to(group, worker.generation) && self.protocol.is_left_alone(**id)
+        };
+        let mut left_alone = workers.iter().filter(may_serve).peekable();
+        let is_deserted =
+            left_alone.peek().is_some() && left_alone.all(|(_, worker)| !worker.runs || worker.deserted);
+        let is_promised = self.promised(group) && !self.refusing.contains(&group) && !is_deserted;
         assert!(!is_promised, "connection {id} to {group:?} was refused");
     }
 
