@@ -85,9 +85,12 @@ impl Callers {
             Command::ReplyDone { to, failure } => match (self.answered(*to), failure) {
                 (Kind::Back, failure) => assert_eq!(*failure, Some(Reason::TooLate), "{command:?}"),
                 (Kind::Scale(Number::Exactly(wanted), asked), None) => {
-                    let was_so = self.scaled[asked..].iter().any(|(workers, _)| *workers == wanted);
-                    let is_more = self.scaled.last() == Some(&(wanted, true)) && self.scaled.len() > asked;
-                    let is_so = serving == wanted || (was_so && !is_more);
+                    let since = &self.scaled[asked..];
+                    let was_so = since.iter().any(|(workers, _)| *workers == wanted);
+                    // Fewer are so many at once.
+                    let is_fewer = since.contains(&(wanted, false));
+                    let is_more = since.last() == Some(&(wanted, true));
+                    let is_so = serving == wanted || (was_so && (!is_more || is_fewer));
                     assert!(is_so, "{command:?} to one who wants {wanted}, but {serving} serve");
                 }
                 (Kind::Scale(..) | Kind::Replace, _) => {}

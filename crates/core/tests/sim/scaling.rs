@@ -196,7 +196,9 @@ impl Protocol {
         let mut given_up = Vec::new();
         for (id, life) in self.lives.iter_mut().filter(|(_, life)| its(life)) {
             life.given_up = true;
-            given_up.extend((!life.reaped && life.answered != Some(false)).then_some(*id));
+            // What is left of one that had ended before is nobody of the batch.
+            let is_there = life.exited.is_none() && life.answered != Some(false);
+            given_up.extend(is_there.then_some(*id));
         }
         given_up
     }
