@@ -200,6 +200,8 @@ impl Oracle {
                 || self.unsure.contains(group)
                 || self.disturbed.contains_key(group)
                 || self.protocol.loose.contains(group)
+                // At this address nobody of it is left: where connections go meanwhile is judged one by one.
+                || kernel.named(*group).is_empty()
                 || (!parts.is_empty() && parts.iter().all(|to| to.contains(&generation)));
             let to = self.steered.insert(*group, vec![BTreeSet::from([generation])]);
             assert!(is_there, "steered to {generation:?}, but {group:?} is steered to {to:?}");
@@ -427,6 +429,8 @@ impl Oracle {
             worker.temper.handover
                 && is_known(worker)
                 && !worker.orphan
+                // That it speaks it may have said to a master that did not live to note it.
+                && !worker.adopted
                 && !worker.deserted
                 && worker.serves
                 && worker.runs
