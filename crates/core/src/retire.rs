@@ -205,8 +205,10 @@ impl Master {
         // The next master must not take them for those that serve.
         is_blocked |= self.saving;
         // Whoever they gave way to may have ended meanwhile: then connections fall on them again until there is another.
-        let is_deserted = |(id, group): (&GroupId, &Group)| !group.target.is_empty() && self.choosable(*id).is_empty();
-        is_blocked |= self.engine != Engine::None && self.stopping.is_none() && self.groups.iter().any(is_deserted);
+        let is_deserted =
+            |(id, group): (&GroupId, &Group)| !group.target.is_empty() && self.choosable(*id).is_empty();
+        is_blocked |=
+            self.engine != Engine::None && self.stopping.is_none() && self.groups.iter().any(is_deserted);
         // Whichever retirement it is of.
         is_blocked |= self.listeners.values().any(|l| strict.contains(&l.group) && self.is_left_alone(l));
         let mut count = Vec::new();

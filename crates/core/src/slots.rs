@@ -203,6 +203,21 @@ mod tests {
     }
 
     #[test]
+    fn which_of_two_left_first_shows_only_where_it_makes_no_difference() {
+        let mut slots = Slots::default();
+        slots.sync(&members(&[1, 2, 3, 4, 5]));
+        let (before, left) = (slots.clone(), members(&[1, 4, 5]));
+        slots.remove(ListenerId(3));
+        assert!(slots.sync(&left));
+        assert_eq!(slots.cookies(), [1, 4, 5]);
+        assert_eq!(before.clone().also_without(3, &left).cookies(), [1, 5, 4]);
+        let alone = members(&[1, 2, 4, 5]);
+        slots = before.clone();
+        slots.remove(ListenerId(3));
+        assert!(slots.sync(&alone) && slots == before.also_without(3, &alone));
+    }
+
+    #[test]
     fn one_that_left_unseen_is_followed_and_several_are_not_sure() {
         let mut slots = Slots::default();
         slots.sync(&members(&[1, 2, 3, 4, 5]));

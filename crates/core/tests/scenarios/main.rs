@@ -140,6 +140,21 @@ fn an_upgrade_moves_new_connections_before_the_old_workers_are_told_to_stop() {
 }
 
 #[test]
+fn the_old_worker_stays_while_the_only_new_one_is_gone() {
+    for engine in [Engine::Ebpf, Engine::Cbpf] {
+        let mut shell = Shell::serving(engine, 1);
+        shell.upgrade(1, Trigger::Signal);
+        shell.ready(2);
+        shell.exits(2, KILLED);
+        shell.pass(Duration::from_secs(2));
+        assert!(!shell.has_said(&stop(1)), "{engine:?}");
+        shell.ready(3);
+        shell.pass(Duration::from_secs(2));
+        assert!(shell.has_said(&stop(1)), "{engine:?}");
+    }
+}
+
+#[test]
 fn a_new_worker_that_exits_leaves_the_old_ones_alone() {
     let mut shell = Shell::serving(Engine::Ebpf, 1);
     shell.upgrade(2, Trigger::Signal);
