@@ -24,11 +24,11 @@ try:
     ready("member")
 except PermissionError:
     print("kept out", file=said, flush=True)
-end, parent = os.pipe()
+parent = os.getpid()
 if os.fork() == 0:
-    os.close(parent)
     os.setsid()
-    os.read(end, 1)
+    while os.getppid() == parent:
+        os.sched_yield()
     ready("orphan")
 "#;
 
