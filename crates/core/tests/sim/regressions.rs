@@ -34,4 +34,5 @@ pub(crate) const REGRESSIONS: &[(u64, &str)] = &[
     (1012518, "slots are mistaken: one left about when another one was let go of"),
     (1013031, "what a stop cuts of the new generation is in the upgrade's receipt"),
     (2017510, "a kill is in one receipt, and what it cut in the next"),
+    (3002890, "the last to listen are told to stop before there is another"),
 ];
