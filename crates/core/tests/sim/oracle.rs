@@ -186,7 +186,8 @@ impl Oracle {
         workers: &Workers,
     ) {
         let serves = |id: &WorkerId, worker: &Worker| {
-            worker.generation == generation && worker.runs && self.protocol.is_serving(*id)
+            // As far as the master can know.
+            worker.generation == generation && self.protocol.is_serving(*id)
         };
         // With nobody there it stays as it is: somebody has to accept.
         if self.protocol.is_stopping() || !workers.iter().any(|(id, worker)| serves(id, worker)) {
